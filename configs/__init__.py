@@ -1,0 +1,277 @@
+"""Recipes over defaults, and the record of a run.
+
+A script's settings are the fields of its `Config` dataclass. A recipe is a Python file whose
+assignments override them; it may compute, build on another (`from configs.yfcc import *`), and
+define a function with the name and signature of one of the script's functions, which it then
+replaces for this run. Order: defaults < recipes as given < --key=value.
+
+    python pretrain.py configs/toy.py --seed=3 --out_dir=out/toy_seed3
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import sys
+import time
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+_command_line = {}  # --key=value as text, for given()
+_recipes = []       # recipe paths of this run, for write_record()
+
+
+def given(key, default):
+    """The value of --key=... on the command line, else `default`; for recipes that branch on it."""
+    text = _command_line.get(key)
+    return default if text is None else _parse(text, type(default))
+
+
+def load_config(Config, script, argv=None):
+    """Resolve defaults, recipes and --key=value into one Config.
+
+    Config: dataclass of settings, optionally with check() that raises ValueError("field=...: why").
+    script: globals() of the calling script; functions of recipes are put there.
+    argv:   list of arguments, default sys.argv[1:].
+    Returns (config, other positional arguments). Raises ValueError or FileNotFoundError.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = pathlib.Path(script["__file__"]).name
+    if "--help" in argv or "-h" in argv:
+        print(_help(Config, script))
+        raise SystemExit(0)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    options, recipes, others = _split(argv, fields, name)
+    _command_line.clear()
+    _command_line.update(options)
+    _recipes[:] = recipes
+    for module in [module for module in sys.modules if module.startswith("configs.")]:
+        del sys.modules[module]  # recipes that others build on read this command line, too
+    values, origin = {}, {}
+    for path in recipes:
+        _read_recipe(path, fields, script, values, origin)
+    for key, text in options.items():
+        values[key], origin[key] = _parse(text, fields[key].type), f"--{key}={text}"
+    for key, value in values.items():
+        values[key] = _typed(fields[key], value, origin[key])
+    config = Config(**values)
+    if hasattr(config, "check"):
+        try:
+            config.check()
+        except ValueError as error:  # the message starts with the field's name
+            culprit = str(error).split("=")[0]
+            raise ValueError(f"{origin.get(culprit, name)}: {error}") from None
+    return config, others
+
+
+def _split(argv, fields, name):
+    """Sort arguments into --key=value options, recipe paths and other positionals."""
+    options, recipes, others = {}, [], []
+    for argument in argv:
+        if argument.startswith("-"):
+            key, equals, text = argument.lstrip("-").partition("=")
+            if key not in fields:
+                raise ValueError(_unknown(argument, key, fields, name))
+            if not equals:
+                raise ValueError(f"{argument}: write --{key}=VALUE, without a space")
+            options[key] = text
+        elif argument.endswith(".py"):
+            if not os.path.isfile(argument):
+                near = difflib.get_close_matches(argument, map(str, _known_recipes()), 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise FileNotFoundError(f"{argument}: no such recipe{hint}")
+            recipes.append(argument)
+        else:
+            others.append(argument)
+    return options, recipes, others
+
+
+def _known_recipes():
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("[!_]*.py"))
+
+
+def _unknown(where, key, known, name):
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{where}: {name} has no setting or function {key}; {hint}(--help lists them)"
+
+
+def _read_recipe(path, fields, script, values, origin):
+    """Run one recipe; put its assignments into `values` and its functions into `script`."""
+    name = pathlib.Path(script["__file__"]).name
+    try:
+        namespace = runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except (ArithmeticError, ImportError, LookupError, NameError, TypeError) as error:
+        lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__)
+                 if frame.filename == path]
+        raise ValueError(f"{path}:{lines[-1] if lines else 1}: {error}") from None
+    replaceable = {key: value for key, value in script.items() if key != "main"
+                   and isinstance(value, types.FunctionType)
+                   and value.__module__ == script["__name__"]}
+    for key, value in namespace.items():
+        where = _where(path, key)
+        if key.startswith("_") or where is None:  # private, or merely imported from elsewhere
+            continue
+        if key in fields:
+            values[key], origin[key] = value, where
+        elif key in replaceable and isinstance(value, types.FunctionType):
+            _same_signature(where, value, replaceable[key])
+            script[key] = value
+        else:
+            raise ValueError(_unknown(where, key, [*fields, *replaceable], name))
+
+
+def _where(path, name):
+    """file:line where a recipe, or a recipe it builds on, binds `name`; None if it does not."""
+    found = None
+    for node in ast.walk(ast.parse(pathlib.Path(path).read_text(), path)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
+            found = f"{path}:{node.lineno}"
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
+            found = f"{path}:{node.lineno}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("configs."):
+            parent = ROOT / (node.module.replace(".", "/") + ".py")
+            names = {alias.asname or alias.name for alias in node.names}
+            if found is None and names & {"*", name}:
+                found = _where(os.path.relpath(parent), name)
+    return found
+
+
+def _same_signature(where, new, old):
+    def shape(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+    if shape(new) != shape(old):
+        raise ValueError(f"{where}: {new.__name__}{inspect.signature(new)} must have the signature "
+                         f"{old.__name__}{inspect.signature(old)}")
+
+
+def _parse(text, kind):
+    """Text of --key=value as a Python value; words stay text unless a number or tuple is meant."""
+    if kind is str:
+        return text
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+
+
+def _typed(field, value, where):
+    """`value` as the field's type: whole floats stay floats, lists become tuples; else an error."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong_bool = isinstance(value, bool) and field.type in (int, float)
+    if wrong_bool or not isinstance(value, field.type):
+        kind = getattr(field.type, "__name__", str(field.type))
+        raise ValueError(f"{where}: {field.name}={value!r}: must be of type {kind}")
+    return value
+
+
+def _help(Config, script):
+    """The script's docstring and its Config as written: fields, defaults and their comments."""
+    return f"{(script['__doc__'] or '').strip()}\n\n{inspect.getsource(Config).strip()}"
+
+
+# ---------------------------------------------------------------------------------- run record
+
+
+def write_record(out_dir, config, script_file):
+    """Keep in out_dir/record what made this run: config, command, recipes and sources."""
+    record = pathlib.Path(out_dir) / "record"
+    record.mkdir(parents=True, exist_ok=True)
+    (record / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    with open(record / "command.txt", "a") as file:  # one line a start: resumes are seen
+        file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + " ".join(sys.argv) + "\n")
+    sources = [script_file, ROOT / "model.py", *(ROOT / "data").glob("*.py"), *_recipes]
+    sources += [ROOT / "configs" / "__init__.py"]
+    for source in map(pathlib.Path, sources):
+        target = record / source.resolve().parent.name / source.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def check_resume(saved, now, may_change=()):
+    """Refuse to resume with other settings than the checkpoint's; both are dicts of settings."""
+    for key in sorted(set(saved) | set(now)):
+        if key not in may_change and saved.get(key) != now.get(key):
+            raise ValueError(f"cannot resume: {key} was {saved.get(key)!r} in the checkpoint, is "
+                             f"{now.get(key)!r} now; set it back or choose another out_dir")
+
+
+# What a line of the terminal shows, in this order; log.jsonl keeps every figure unrounded.
+_SHOWN = {"loss": "loss {:.4f}", "chance_loss": "(ln B {:.3f})", "val_loss": "val loss {:.4f}",
+          "lr": "lr {:.2e}", "scale": "scale {:.1f}", "grad_norm": "|g| {:.2f}",
+          "accuracy": "acc {:.3f}", "2afc": "2AFC {:.3f}", "val_2afc": "val 2AFC {:.3f}",
+          "pairs_per_s": "{:.0f} pairs/s", "triplets_per_s": "{:.0f} triplets/s",
+          "utilisation": "MFU {:.0%}", "data_wait": "wait {:.0%}"}
+
+
+class RunLog:
+    """One JSON object a logged step in out_dir/log.jsonl, and the same as a line to look at.
+
+    Continuing from start_step > 0 drops records after it: they will be written again.
+    """
+
+    def __init__(self, out_dir, total_steps, start_step=0):
+        self.path, self.total, self.start_step = f"{out_dir}/log.jsonl", total_steps, start_step
+        self.start_time, self.open_line = time.time(), False
+        kept = []
+        if start_step and os.path.exists(self.path):
+            with open(self.path) as file:  # a line cut by a crash does not end in "}"
+                lines = [line for line in file if line.endswith("}\n")]
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= start_step]
+        with open(self.path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(self.path + ".tmp", self.path)
+
+    def write(self, record):
+        """Append `record` (numbers and strings, with "step") and show its line."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        step, done = record["step"], max(record["step"] - self.start_step, 1)
+        eta = (time.time() - self.start_time) / done * (self.total - step)
+        figures = [form.format(record[key]) for key, form in _SHOWN.items()
+                   if record.get(key) is not None]
+        self._show(f"{step:>6}/{self.total} {step / self.total:4.0%}  {'  '.join(figures)}  "
+                   f"eta {clock(eta)}", in_place=sys.stdout.isatty())
+
+    def say(self, text):
+        """Print a line that stays."""
+        self._show(text, in_place=False)
+
+    def _show(self, text, in_place):
+        lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
+        print(lead + text, end="" if in_place else "\n", flush=True)
+        self.open_line = in_place
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def run_main(main):
+    """Run a script; what the user can mend is one line on stderr and exit code 2.
+
+    ValueError and FileNotFoundError are the user's by convention; TRACEBACK=1 shows where.
+    """
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
