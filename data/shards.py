@@ -1,0 +1,578 @@
+"""Pairs on disk: webdataset tar shards, read in place through an index that is built once.
+
+    FOLDER/00000.tar ...     key.jpg|jpeg|png|webp|gif|bmp|tif + key.txt (UTF-8, one caption a line)
+    FOLDER/held_out/*.tar    pairs kept for evaluation: a folder of its own, with its own index
+    FOLDER/index/            index.json, samples.npy, keys.npy, ids_VOCABULARY.npy, starts_...npy
+
+    python -m data.shards index FOLDER --vocabulary=FILE  # optional: pretrain.py does it by itself
+    python -m data.shards check FOLDER                    # reads everything; exit 1 on bad samples
+
+A key is a member's path up to the first dot of its last part, as webdataset has it.  The parts of a
+sample need not be neighbours; members of other kinds (.json, ...) are passed over.  Reading is
+random access by (shard, offset, size): nothing is unpacked, nothing is copied.
+
+The index takes 62 bytes a pair, its key, and 8 bytes plus 2 a token for each caption: about 110
+bytes a pair, 1.7 GB for 15 million, all memory-mapped.  Building it holds one shard's worth a
+process; an interrupted build keeps the shards it has finished.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import tarfile
+from collections import Counter, OrderedDict, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from configs import run_main
+from data.progress import Progress
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+FORMAT = "perceptual-clip index 1"
+# One row a pair.  Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
+SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"), ("image_at", "u8"), ("image_size", "u8"),
+                   ("text_at", "u8"), ("text_size", "u8"), ("first_caption", "u8"),
+                   ("key_at", "u8"), ("key_size", "u4")])
+OPEN_SHARDS = 256  # descriptors a process keeps: a quarter of the usual limit of 1,024
+BYTES_A_PROCESS = 2**26  # below 64 MB one more process costs more to start than it saves
+EXAMPLES = 5  # names kept for each reason
+# What an index counts and names.  These samples are kept, all others are left out:
+MENDED = ("duplicate key", "NUL in caption", "caption not UTF-8")
+
+
+# ---------------------------------------------------------------- writing
+
+def write_tar(path, members):
+    """Write (name, bytes) members to a tar: whole or not at all, and the same bytes every time."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)  # owner, group and time are 0
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_shards(folder, samples, per_shard=10_000):
+    """Write samples (key, kind, image bytes, captions) to 00000.tar, 00001.tar, ...; return how many.
+
+    kind: "jpg", "png", ...  captions: str or None; white space becomes single spaces (a line is a
+    caption), lone surrogates become "?", None and blank ones are left out.  A sample left without
+    a caption is still written: indexing counts and names it.  Raises ValueError for a key or a kind
+    that would not be found again, and for a folder that has shards already (two runs would mix).
+    """
+    folder = Path(folder)
+    if any(folder.glob("*.tar")):
+        raise ValueError(f"{folder} holds .tar files already; delete them or name another folder")
+    written, samples = 0, iter(samples)
+    for shard, first in enumerate(samples):  # taking the first here, so that no shard is empty
+        counted = Counter()
+        some = itertools.chain([first], itertools.islice(samples, per_shard - 1))
+        write_tar(folder / f"{shard:05d}.tar", _members_of(some, counted))
+        written += counted["samples"]
+    return written
+
+
+def _members_of(samples, counted):
+    for key, kind, image, captions in samples:
+        if "." in key.rpartition("/")[2] or kind not in IMAGE_KINDS:
+            raise ValueError(f"key={key!r}, kind={kind!r}: a key has no dot in its last part, "
+                             f"a kind is one of {', '.join(IMAGE_KINDS)}")
+        lines = [" ".join(caption.split()) for caption in captions if caption is not None]
+        text = "".join(line + "\n" for line in lines if line)
+        yield f"{key}.{kind}", image
+        yield f"{key}.txt", text.encode(errors="replace")
+        counted["samples"] += 1
+
+
+@contextmanager
+def _replacing(path):
+    """A binary file that becomes `path` when the block ends well, and nothing when it does not."""
+    unfinished = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- reading one shard
+
+class BrokenTar(ValueError):
+    """The tar ends early or holds a damaged header; `name`: the member it happened in, or b""."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.name = name
+
+
+def tar_members(descriptor):
+    """Yield (name as bytes, offset, size) of each regular file of an open tar.
+
+    Reads headers only.  Names of all three dialects: ustar, GNU long names (an L member before the
+    file's own header), pax (an x member).  Raises BrokenTar after the last whole member.
+    """
+    at, length, extended = 0, os.fstat(descriptor).st_size, {}
+    while at < length:
+        header = os.pread(descriptor, 512, at)
+        if not header.strip(b"\0"):  # a block of zeros ends the archive
+            return
+        try:
+            name, size, kind = _parse_header(header)
+        except ValueError:
+            raise BrokenTar(extended.get(b"path", b"")) from None
+        name, size = extended.get(b"path", name), int(extended.get(b"size", size))
+        at += 512
+        if at + size > length:
+            raise BrokenTar(name)
+        if kind == b"L":
+            extended = {b"path": os.pread(descriptor, size, at).rstrip(b"\0")}
+        elif kind == b"x":
+            extended = _parse_pax(os.pread(descriptor, size, at))
+        else:
+            extended = {}
+            if kind in b"0\0":  # also old tars' NUL; not folders, links and devices
+                yield name, at, size
+        at += -(-size // 512) * 512
+
+
+def _parse_header(header):
+    """(name, size, kind) of a 512-byte tar header; ValueError if it is none."""
+    def number(field):  # octal text, or from 8 GB on (GNU) a flag bit and a big-endian number
+        if field[0] & 0x80:
+            return int.from_bytes(field[1:], "big")
+        return int(field.strip(b" \0") or b"0", 8)
+
+    if len(header) < 512 or number(header[148:156]) != sum(header[:148] + header[156:]) + 8 * 32:
+        raise ValueError("checksum")
+    name = header[:100].rstrip(b"\0")
+    if header[257:263] == b"ustar\0" and header[345]:  # GNU keeps other things there
+        name = header[345:500].rstrip(b"\0") + b"/" + name
+    return name, number(header[124:136]), header[156:157]
+
+
+def _parse_pax(content):
+    """Records "length key=value\\n" of a pax header -> {key: value}, as bytes."""
+    fields = {}
+    while content:
+        length = int(content.partition(b" ")[0])
+        key, _, value = content[:length - 1].partition(b" ")[2].partition(b"=")
+        fields[key] = value
+        content = content[length:]
+    return fields
+
+
+def caption_lines(raw):
+    """Bytes of a .txt member -> its captions: UTF-8 lines, stripped, without the blank ones.
+
+    Bytes that are not UTF-8 become U+FFFD; NUL, which marks the ends of words for the tokenizer
+    (data/text.py), becomes a space.  Text that merely looks wrong stays as it is.
+    """
+    text = raw.decode(errors="replace").replace("\0", " ")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_shard(path):
+    """One shard's samples, and what is wrong with it.
+
+    Returns [(key, (image offset, size), (text offset, size), captions), ...] in the tar's order of
+    images, and {reason: [names]}: those of MENDED name samples that were kept.
+    """
+    with open(path, "rb") as file:
+        images, texts, problems = _find_members(file.fileno())
+        samples = []
+        for key, image in images.items():
+            if key not in texts:
+                problems["image without caption"].append(key)
+                continue
+            at, size = text = texts.pop(key)
+            raw = os.pread(file.fileno(), size, at)
+            captions = caption_lines(raw)
+            if not captions:
+                problems["empty caption"].append(key)
+                continue
+            samples.append((key, image, text, captions))
+            if b"\0" in raw:
+                problems["NUL in caption"].append(key)
+            if any("\ufffd" in caption for caption in captions):
+                problems["caption not UTF-8"].append(key)
+    problems["caption without image"] += texts
+    return samples, {reason: [_name(path, key) for key in keys]
+                     for reason, keys in problems.items() if keys}
+
+
+def _name(shard, key):
+    return f"{Path(shard).name}:{key.decode(errors='replace')}"
+
+
+def _find_members(descriptor):
+    """Places {key: (offset, size)} of images and of captions, and {reason: [keys]}."""
+    images, texts, twice, cut = {}, {}, {}, []
+    try:
+        for name, at, size in tar_members(descriptor):
+            key, kind = _split_name(name)
+            table = images if kind in IMAGE_KINDS else texts if kind == "txt" else None
+            if table is None or not key:
+                continue
+            if key in table:
+                twice[key] = True
+            else:
+                table[key] = (at, size)
+    except BrokenTar as broken:  # what came before stays; the sample it happened in is lost
+        key, _ = _split_name(broken.name)
+        cut.append(key)
+        images.pop(key, None), texts.pop(key, None)
+    return images, texts, defaultdict(list, {"tar cut off": cut, "duplicate key": list(twice)})
+
+
+def _split_name(name):
+    """b"a/b.c.JPG" -> (b"a/b", "c.jpg"); no key for hidden files such as macOS's "._x.jpg"."""
+    folder, slash, file = name.rpartition(b"/")
+    stem, _, kind = file.partition(b".")
+    return folder + slash + stem if stem else b"", kind.lower().decode(errors="replace")
+
+
+# ---------------------------------------------------------------- the index
+
+def index_shards(folder, tokenizer=None):
+    """Build FOLDER/index, or bring it up to date; return the number of pairs.
+
+    With a tokenizer, the captions' token ids are stored too, under its fingerprint: a second
+    vocabulary makes a second pair of files.  An index whose shards have come, gone or changed size
+    is built anew, and its fingerprint then differs from the one that checkpoints remember.  Several
+    processes may call at once: one builds, the others wait.  Raises FileNotFoundError without
+    shards and ValueError without a usable pair.
+    """
+    folder = Path(folder)
+    shards = _shard_sizes(folder)
+    (folder / "index").mkdir(exist_ok=True)
+    with open(folder / "index" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+        old = _fitting_index(folder)
+        if old and (tokenizer is None or tokenizer.fingerprint in old["tokens"]):
+            return old["samples"]
+        index = _build(folder, shards, tokenizer, old)
+    print(f"indexed {folder}: {index['samples']:,} pairs, {index['captions']:,} captions, "
+          f"{len(shards)} shards, fingerprint {index['fingerprint']}\n{report(index['problems'])}")
+    return index["samples"]
+
+
+def _fitting_index(folder):
+    try:
+        return read_index(folder)
+    except (FileNotFoundError, ValueError):  # none, or of other shards: it is about to be built
+        return None
+
+
+def read_index(folder):
+    """The content of FOLDER/index/index.json, once it fits the shards that are there.
+
+    Raises FileNotFoundError without an index, ValueError for one of other shards or another format.
+    """
+    path = Path(folder) / "index" / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no index; run python -m data.shards index {folder}")
+    index = json.loads(path.read_text())
+    if index["format"] != FORMAT:
+        raise ValueError(f"{path} has format {index['format']!r}, not {FORMAT!r}; delete {path}")
+    shards = _shard_sizes(folder)
+    changed = [name for name in sorted(shards.keys() | index["shards"])
+               if shards.get(name) != index["shards"].get(name)]
+    if changed:
+        raise ValueError(f"{folder}: {len(changed)} shards came, went or changed size since they "
+                         f"were indexed, {changed[0]} the first; run python -m data.shards index "
+                         f"{folder}")
+    return index
+
+
+def _shard_sizes(folder):
+    shards = {path.name: path.stat().st_size for path in sorted(Path(folder).glob("*.tar"))}
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no .tar shards; see python -m data.pack --help")
+    return shards
+
+
+def _build(folder, shards, tokenizer, old):
+    """Index every shard that has no finished part yet, then join the parts; returns the index."""
+    parts = folder / "index" / "parts"
+    parts.mkdir(exist_ok=True)
+    vocabulary = tokenizer.fingerprint if tokenizer else "none"
+    # a part's name says what it was made from, so that parts left by an interrupted build serve
+    jobs = [(folder / name, parts / f"{name}.{size}.{vocabulary}.npz")
+            for name, size in shards.items()]
+    todo = [job for job in jobs if not job[1].exists()]
+    progress = Progress("indexing", len(jobs), "shards", done=len(jobs) - len(todo))
+    for _ in _in_parallel(partial(_index_part, tokenizer=tokenizer), todo,
+                          sum(path.stat().st_size for path, _ in todo)):
+        progress.add()
+    index = _join(folder, shards, [part for _, part in jobs], tokenizer, old)
+    shutil.rmtree(parts)
+    return index
+
+
+def _in_parallel(work, jobs, total_bytes):
+    """Yield work(job) of each job, in order, from as many processes as pay for themselves."""
+    processes = min(os.cpu_count(), len(jobs), 1 + total_bytes // BYTES_A_PROCESS)
+    if processes <= 1:
+        yield from map(work, jobs)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        # a few jobs at a time: each such chunk carries its own copy of the tokenizer
+        yield from pool.map(work, jobs, chunksize=min(8, -(-len(jobs) // processes)))
+
+
+def _index_part(job, tokenizer):
+    """Index one shard into a part file; offsets of captions, keys and ids start at 0 in it."""
+    path, part = job
+    samples, problems = read_shard(path)
+    rows = np.zeros(len(samples), SAMPLE)
+    captions, keys = [], []
+    for row, (key, image, text, lines) in zip(rows, samples):
+        row["image_at"], row["image_size"] = image
+        row["text_at"], row["text_size"] = text
+        row["captions"], row["first_caption"] = len(lines), len(captions)
+        captions += lines
+        keys.append(key)
+    rows["key_size"] = [len(key) for key in keys]
+    rows["key_at"] = np.cumsum(rows["key_size"]) - rows["key_size"]
+    ids = tokenizer.encode(captions) if tokenizer and captions else []
+    digest = hashlib.sha256(rows.tobytes() + b"".join(keys) + "\n".join(captions).encode())
+    with _replacing(part) as file:
+        np.savez(file, samples=rows, keys=np.frombuffer(b"".join(keys), np.uint8),
+                 ids=np.array(list(itertools.chain.from_iterable(ids)), np.uint16),
+                 ends=np.cumsum([len(some) for some in ids], dtype=np.uint64),
+                 captions=len(captions), digest=digest.hexdigest(), problems=json.dumps(problems))
+
+
+def _join(folder, shards, parts, tokenizer, old):
+    """Append the parts to the index's arrays, one part in memory at a time; returns the index."""
+    index, sizes = _sum_up(shards, parts)
+    if not index["samples"]:
+        raise ValueError(f"{folder} holds no usable pair: " + ", ".join(
+            f"{entry['count']:,} x {reason}" for reason, entry in index["problems"].items()))
+    new = {"samples": (SAMPLE, index["samples"]), "keys": (np.uint8, sizes["keys"])}
+    same = old and old["fingerprint"] == index["fingerprint"]
+    kept = old["tokens"] if same else []  # ids of other vocabularies
+    if tokenizer:
+        ids, starts = _token_files(tokenizer.fingerprint)
+        new |= {ids: (np.uint16, sizes["ids"]), starts: (np.uint64, index["captions"] + 1)}
+        kept = sorted({*kept, tokenizer.fingerprint})
+    index["tokens"] = kept
+    # beside the parts first: a process that still reads the old arrays must not see them change
+    new = {name: open_memmap(parts[0].with_name(f"{name}.npy"), "w+", kind, (length,))
+           for name, (kind, length) in new.items()}
+    at = Counter()  # how far each array is filled
+    for number, path in enumerate(parts):
+        with np.load(path) as part:
+            rows = part["samples"]
+            rows["shard"] = number
+            rows["key_at"] += at["keys"]
+            rows["first_caption"] += at["captions"]
+            filled = {"samples": rows, "keys": part["keys"]}
+            if tokenizer:
+                new[starts][at["captions"] + 1:][:len(part["ends"])] = part["ends"] + at[ids]
+                filled[ids] = part["ids"]
+            at["captions"] += int(part["captions"])
+        for name, some in filled.items():
+            new[name][at[name]:at[name] + len(some)] = some
+            at[name] += len(some)
+    _install(folder / "index", parts[0].parent, new, index)
+    return index
+
+
+def _sum_up(shards, parts):
+    """The content of index.json but for its tokens; how many ids and how many bytes of keys."""
+    index = {"format": FORMAT, "shards": shards, "samples": 0, "captions": 0, "problems": {}}
+    sizes, digest = Counter(), hashlib.sha256(json.dumps(shards).encode())
+    for path in parts:
+        with np.load(path) as part:
+            index["samples"] += len(part["samples"])
+            index["captions"] += int(part["captions"])
+            sizes.update(ids=len(part["ids"]), keys=len(part["keys"]))
+            digest.update(part["digest"].item().encode())
+            _add_problems(index["problems"], json.loads(part["problems"].item()))
+    index["fingerprint"] = digest.hexdigest()[:16]
+    return index, sizes
+
+
+def _add_problems(total, some):
+    """Add one shard's {reason: [names]} to {reason: {"count", "examples"}}."""
+    for reason, names in some.items():
+        entry = total.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += len(names)
+        entry["examples"] = (entry["examples"] + names)[:EXAMPLES]
+
+
+def _install(target, source, arrays, index):
+    """Put finished arrays and index.json in place; without index.json there is no index."""
+    (target / "index.json").unlink(missing_ok=True)
+    for name, array in arrays.items():
+        array.flush()
+        os.replace(source / f"{name}.npy", target / f"{name}.npy")
+    files = {f"{name}.npy" for some in index["tokens"] for name in _token_files(some)}
+    for path in target.glob("*_*.npy"):  # ids of shards that have changed since
+        if path.name not in files:
+            path.unlink()
+    with _replacing(target / "index.json") as file:
+        file.write(json.dumps(index, indent=1).encode())
+
+
+def _token_files(fingerprint):
+    return f"ids_{fingerprint}", f"starts_{fingerprint}"
+
+
+def report(problems):
+    """A line for each reason: how often, what became of the samples, and the first names."""
+    return "\n".join(
+        f"  {entry['count']:,} x {reason} ({'kept' if reason in MENDED else 'left out'}): "
+        f"{', '.join(entry['examples'])}{', ...' if entry['count'] > EXAMPLES else ''}"
+        for reason, entry in sorted(problems.items(), key=lambda item: -item[1]["count"]))
+
+
+# ---------------------------------------------------------------- random access
+
+class Shards:
+    """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
+
+    With a tokenizer, `ids(i, c)` gives a caption's stored token ids.  Cheap to send to a worker
+    process: arrays are mapped again there and shards opened when first read.  Raises what
+    `read_index` does, and FileNotFoundError when the ids of this vocabulary are not there.
+    """
+
+    def __init__(self, folder, tokenizer=None):
+        self._arguments = folder, tokenizer
+        self.folder = Path(folder)
+        index = read_index(folder)
+        self.fingerprint = index["fingerprint"]
+        self._shards, self._open = list(index["shards"]), OrderedDict()
+        self._samples, self._keys = self._map("samples"), self._map("keys")
+        if tokenizer:
+            if tokenizer.fingerprint not in index["tokens"]:
+                raise FileNotFoundError(f"{folder}/index has no token ids of vocabulary "
+                                        f"{tokenizer.fingerprint}; run index_shards again")
+            self._ids, self._starts = map(self._map, _token_files(tokenizer.fingerprint))
+
+    def _map(self, name):
+        return np.load(self.folder / "index" / f"{name}.npy", mmap_mode="r")
+
+    def __reduce__(self):  # pickling a memory map would copy the whole array
+        return type(self), self._arguments
+
+    def __len__(self):
+        return len(self._samples)
+
+    def __getitem__(self, i):
+        return self.image(i), self.captions(i)
+
+    def image(self, i):
+        """The image file of sample i, as bytes."""
+        row = self._samples[i]
+        return self._read(row["shard"], row["image_at"], row["image_size"])
+
+    def captions(self, i):
+        """The captions of sample i, as a list of str."""
+        row = self._samples[i]
+        return caption_lines(self._read(row["shard"], row["text_at"], row["text_size"]))
+
+    def caption_count(self, i):
+        """How many captions sample i has; at least 1."""
+        return int(self._samples[i]["captions"])
+
+    def ids(self, i, caption):
+        """Token ids of one caption of sample i, without start and end: (n,) uint16."""
+        which = int(self._samples[i]["first_caption"]) + caption
+        return self._ids[self._starts[which]:self._starts[which + 1]]
+
+    def name(self, i):
+        """Where sample i lies, for people: "00000.tar:key"."""
+        row = self._samples[i]
+        key = self._keys[row["key_at"]:row["key_at"] + row["key_size"]]
+        return _name(self._shards[row["shard"]], key.tobytes())
+
+    def _read(self, shard, at, size):
+        raw = os.pread(self._descriptor(int(shard)), int(size), int(at))
+        if len(raw) != size:
+            raise ValueError(f"{self.folder / self._shards[shard]} became shorter while it was in "
+                             f"use; put it back, or run python -m data.shards index {self.folder}")
+        return raw
+
+    def _descriptor(self, shard):
+        """pread has no position to share, so descriptors may be inherited by forked workers."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            if len(self._open) == OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self.folder / self._shards[shard], os.O_RDONLY)
+        return self._open[shard]
+
+    def __del__(self):
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------- commands
+
+def check_shards(folder):
+    """Read and decode everything once, in parallel; print what is wrong and return its problems.
+
+    Needs no index and makes none.  FOLDER/held_out is a folder of its own.  Returns
+    {reason: {"count", "examples"}}, empty when all is well.
+    """
+    sizes = _shard_sizes(folder)
+    progress = Progress("checking", sum(sizes.values()) / 1e9, "GB")
+    pairs, problems = 0, {}
+    jobs = [Path(folder) / name for name in sizes]
+    for size, (good, some) in zip(sizes.values(), _in_parallel(_check_shard, jobs, sum(sizes.values()))):
+        pairs += good
+        _add_problems(problems, some)
+        progress.add(size / 1e9)
+    bad = sum(entry["count"] for entry in problems.values())
+    print(f"checked {folder}: {pairs:,} good pairs in {len(sizes)} shards, {bad:,} problems")
+    print(report(problems), end="\n" if problems else "")
+    return problems
+
+
+def _check_shard(path):
+    """How many samples of a shard can be trained on, and {reason: [names]} of the others."""
+    from data.images import BadImage, decode  # here, as indexing should not wait for torch
+    samples, problems = read_shard(path)
+    good = 0
+    with open(path, "rb") as file:
+        for key, (at, size), _, _ in samples:
+            try:
+                decode(os.pread(file.fileno(), size, at))
+                good += 1
+            except BadImage as bad:
+                problems.setdefault(f"image: {bad.reason}", []).append(_name(path, key))
+    return good, problems
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m data.shards", description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("index", "check"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vocabulary", help="index: a .tiktoken file, to store token ids too")
+    options = parser.parse_args(argv)
+    if options.command == "check":
+        sys.exit(1 if check_shards(options.folder) else 0)
+    from data.text import Tokenizer
+    tokenizer = Tokenizer(options.vocabulary) if options.vocabulary else None
+    print(f"{index_shards(options.folder, tokenizer):,} pairs are indexed in {options.folder}/index")
+
+
+if __name__ == "__main__":
+    run_main(main)
