@@ -200,12 +200,42 @@ def write_record(out_dir, config, script_file):
         shutil.copyfile(source, target)
 
 
+def keep_previous(path, count):
+    """Keep the file at `path` under a second name, *_1.pt, moving older ones on up to `count`.
+
+    Links and renames only, before it is replaced: at every moment `path` is there and whole.
+    """
+    names = [path.replace(".pt", f"_{i}.pt") for i in range(1, count + 1)]
+    for older, newer in zip(reversed(names[1:]), reversed(names[:-1])):
+        if os.path.exists(newer):
+            os.replace(newer, older)
+    if os.path.exists(names[0]):
+        os.remove(names[0])
+    os.link(path, names[0])
+
+
 def check_resume(saved, now, may_change=()):
     """Refuse to resume with other settings than the checkpoint's; both are dicts of settings."""
     for key in sorted(set(saved) | set(now)):
         if key not in may_change and saved.get(key) != now.get(key):
             raise ValueError(f"cannot resume: {key} was {saved.get(key)!r} in the checkpoint, is "
                              f"{now.get(key)!r} now; set it back or choose another out_dir")
+
+
+def check_ranges(config, positive=(), not_negative=(), **choices):
+    """ValueError for the first field of `config` that is outside what is named for it."""
+    for key in positive:
+        if getattr(config, key) <= 0:
+            raise ValueError(f"{key}={getattr(config, key)}: must be above 0")
+    for key in not_negative:
+        if getattr(config, key) < 0:
+            raise ValueError(f"{key}={getattr(config, key)}: must be 0 or more")
+    for key, allowed in choices.items():
+        if getattr(config, key) not in allowed:
+            near = difflib.get_close_matches(str(getattr(config, key)), allowed, 1)
+            hint = f"; did you mean {near[0]}?" if near and near[0] else ""
+            raise ValueError(f"{key}={getattr(config, key)!r}: must be one of "
+                             f"{', '.join(map(repr, allowed))}{hint}")
 
 
 # What a line of the terminal shows, in this order; log.jsonl keeps every figure unrounded.
@@ -220,9 +250,11 @@ class RunLog:
     """One JSON object a logged step in out_dir/log.jsonl, and the same as a line to look at.
 
     Continuing from start_step > 0 drops records after it: they will be written again.
+    log_to: "" | "tensorboard" | "wandb", a second place for the numbers (optional packages).
     """
 
-    def __init__(self, out_dir, total_steps, start_step=0):
+    def __init__(self, out_dir, total_steps, start_step=0, log_to=""):
+        self.mirror = _mirror(out_dir, log_to)
         self.path, self.total, self.start_step = f"{out_dir}/log.jsonl", total_steps, start_step
         self.start_time, self.open_line = time.time(), False
         kept = []
@@ -238,6 +270,7 @@ class RunLog:
         """Append `record` (numbers and strings, with "step") and show its line."""
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        self.mirror(record)
         step, done = record["step"], max(record["step"] - self.start_step, 1)
         eta = (time.time() - self.start_time) / done * (self.total - step)
         figures = [form.format(record[key]) for key, form in _SHOWN.items()
@@ -253,6 +286,23 @@ class RunLog:
         lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
         print(lead + text, end="" if in_place else "\n", flush=True)
         self.open_line = in_place
+
+
+def _mirror(out_dir, log_to):
+    """A function of a record that sends its numbers to TensorBoard or Weights & Biases, or not."""
+    try:
+        if log_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out_dir)
+            return lambda record: [writer.add_scalar(key, value, record["step"])
+                                   for key, value in record.items() if isinstance(value, float)]
+        if log_to == "wandb":
+            import wandb
+            wandb.init(project="perceptual-initialization", name=out_dir, dir=out_dir)
+            return lambda record: wandb.log(record, step=record["step"])
+    except ImportError:
+        raise ValueError(f"log_to={log_to}: pip install {log_to}") from None
+    return lambda record: None
 
 
 def clock(seconds):

@@ -1,0 +1,24 @@
+"""The toy world's baseline: a small CLIP from random weights, about two minutes on 2 CPU cores.
+
+    python -m data.toy && python pretrain.py configs/toy.py
+"""
+data = "data/toy/pairs"
+held_out = "data/toy/pairs/held_out"
+vocabulary = "data/toy/vocabulary/toy.tiktoken"
+out_dir = "out/toy"
+
+model = "toy"
+image_size = 32
+context_length = 32
+crop = (0.6, 1.0)   # no flip, no jitter: here left and right and colours are what captions name
+
+batch_size = 128
+max_steps = 1200
+warmup_steps = 100
+lr = 2e-3
+dtype = "float32"
+compile = False
+workers = 0
+log_every = 20
+save_every = 400
+keep_at = [128 * step for step in (75, 150, 300, 600)]

@@ -1,0 +1,63 @@
+"""Which of the processes of a run this is, and what they tell each other: rows, counts, objects.
+
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it a process is alone and nothing waits.
+"""
+import os
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """rank of `world` processes; `local` is its place, and its GPU, on its own machine."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+
+    def start(self):
+        """Join the group; returns the torch.device of this rank."""
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", self.local)
+            torch.cuda.set_device(device)
+        if self.world > 1:  # both back ends: hosts exchange counts without waiting for a GPU
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return device
+
+    def stop(self):
+        """Leave the group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def total(self, *counts):
+        """Each integer summed over the ranks, between the hosts; also a barrier."""
+        counts = torch.tensor(counts)
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return counts.tolist()
+
+    def collect(self, thing):
+        """[thing of rank 0, thing of rank 1, ...] on every rank; any object, of any size."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+
+class GatherRows(torch.autograd.Function):
+    """(b, D) of each rank -> (B, D) on all. Backward sums what every rank asks of these rows."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):  # (B, D) -> (b, D)
+        grad_rows = torch.empty_like(grad.chunk(dist.get_world_size())[0])
+        dist.reduce_scatter(grad_rows, list(grad.contiguous().chunk(dist.get_world_size())))
+        return grad_rows

@@ -1,0 +1,185 @@
+"""configs/__init__.py: what a recipe may say, and the line a mistake gets."""
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import configs
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPT = '''
+"""A script of two settings."""
+from dataclasses import dataclass
+from configs import load_config, run_main
+
+@dataclass
+class Config:
+    out_dir: str = "out/x"      # where files go
+    batch_size: int = 8         # pairs of a step
+    lr: float = 1e-3            # peak
+    keep_at: tuple = ()
+    quick: bool | None = None
+
+    def check(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr}: must be above 0")
+
+def lr_at(step, config):
+    return 1.0
+
+def main(argv=None):
+    config, others = load_config(Config, globals(), argv)
+    print(config, others, lr_at(0, config))
+
+if __name__ == "__main__":
+    run_main(main)
+'''
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(recipe text or None, *arguments) -> completed process of the script above."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def start(recipe, *arguments):
+        if recipe is not None:
+            (tmp_path / "recipe.py").write_text(textwrap.dedent(recipe))
+            arguments = ("recipe.py", *arguments)
+        return subprocess.run([sys.executable, "script.py", *arguments], cwd=tmp_path, timeout=60,
+                              env={"PYTHONPATH": str(ROOT), "PATH": ""},
+                              capture_output=True, text=True)
+    return start
+
+
+@dataclasses.dataclass
+class Config:
+    batch_size: int = 8
+    lr: float = 1e-3
+    keep_at: tuple = ()
+    name: str = "x"
+    quick: bool | None = None
+
+
+def lr_at(step, config):
+    return 1.0
+
+
+def load(tmp_path, recipe, *arguments):
+    """load_config on this module, with one recipe; functions go into a copy of its globals."""
+    path = tmp_path / "recipe.py"
+    path.write_text(textwrap.dedent(recipe))
+    script = dict(globals())
+    config, others = configs.load_config(Config, script, [str(path), *arguments])
+    return config, others, script
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    config, _, _ = load(tmp_path, "batch_size = 16\nlr = 0.5\n", "--lr=0.25")
+    assert (config.batch_size, config.lr, config.name) == (16, 0.25, "x")
+
+
+def test_later_recipe_beats_earlier(tmp_path):
+    second = tmp_path / "second.py"
+    second.write_text("lr = 3.0\n")
+    assert load(tmp_path, "lr = 2.0\n", str(second))[0].lr == 3.0
+
+
+def test_recipe_computes_and_keeps_private_names_and_imports_to_itself(tmp_path):
+    config, _, _ = load(tmp_path, "from math import pi, floor\n_gpus = 4\n"
+                                  "batch_size = _gpus * floor(pi)\n")
+    assert config.batch_size == 12
+
+
+def test_recipe_builds_on_another_and_reads_the_command_line(tmp_path):
+    import pretrain
+    config, _ = configs.load_config(pretrain.Config, vars(pretrain) | {}, [
+        str(ROOT / "configs/yfcc_pi.py"), "--model=ViT-L-14"])
+    assert (config.model, config.warmup_steps) == ("ViT-L-14", 10_000)
+    assert config.init_vision == "out/nights_ViT-L-14/ckpt.pt"
+
+
+def test_whole_numbers_serve_as_floats_and_lists_as_tuples(tmp_path):
+    config, _, _ = load(tmp_path, "lr = 1\nkeep_at = [1, 2]\n", "--batch_size=1e3")
+    assert (config.lr, type(config.lr), config.keep_at, config.batch_size) == (1.0, float, (1, 2),
+                                                                               1000)
+
+
+def test_a_function_of_the_recipe_replaces_the_scripts(tmp_path):
+    _, _, script = load(tmp_path, "def lr_at(step, config):\n    return 7.0\n")
+    assert script["lr_at"](0, None) == 7.0 and lr_at(0, None) == 1.0
+
+
+def test_positional_arguments_that_are_no_recipe_come_back(tmp_path):
+    assert load(tmp_path, "", "out/a/ckpt.pt")[1] == ["out/a/ckpt.pt"]
+
+
+@pytest.mark.parametrize("recipe, arguments, words", [
+    ("lr = 1\nbatch_sise = 3\n", (), ["recipe.py:2", "batch_sise", "did you mean batch_size?"]),
+    ("batch_size = 'many'\n", (), ["recipe.py:1", "batch_size='many'", "type int"]),
+    ("batch_size = True\n", (), ["recipe.py:1", "batch_size=True", "type int"]),
+    ("def lr_at(step):\n    return 1\n", (), ["recipe.py:1", "lr_at(step)", "lr_at(step, config)"]),
+    ("def lr_add(step):\n    return 1\n", (), ["recipe.py:1", "lr_add", "did you mean lr_at?"]),
+    ("lr = -1.0\n", (), ["recipe.py:1", "lr=-1.0", "above 0"]),
+    ("lr = sqrt(2)\n", (), ["recipe.py:1", "sqrt"]),
+    ("lr = = 2\n", (), ["recipe.py:1", "invalid syntax"]),
+    (None, ("--bach_size=3",), ["--bach_size=3", "did you mean batch_size?"]),
+    (None, ("--lr", "3"), ["--lr", "--lr=VALUE"]),
+    (None, ("--lr=0",), ["--lr=0", "above 0"]),
+    (None, ("nothing.py",), ["nothing.py: no such recipe"]),
+])
+def test_a_mistake_is_one_line_that_says_where_and_exit_2(run, recipe, arguments, words):
+    done = run(recipe, *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_help_prints_every_field_with_its_comment(run):
+    done = run(None, "--help")
+    assert done.returncode == 0 and "batch_size: int = 8         # pairs of a step" in done.stdout
+
+
+def test_record_keeps_config_command_recipe_and_sources(tmp_path, monkeypatch):
+    config, _, _ = load(tmp_path, "lr = 2.0\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe.py"])
+    configs.write_record(tmp_path / "run", config, ROOT / "pretrain.py")
+    record = tmp_path / "run/record"
+    assert json.loads((record / "config.json").read_text())["lr"] == 2.0
+    assert "pretrain.py recipe.py" in (record / "command.txt").read_text()
+    names = {path.name for path in record.rglob("*.py")}
+    assert {"recipe.py", "pretrain.py", "model.py", "pairs.py"} <= names
+
+
+def test_resume_with_another_setting_names_key_and_both_values():
+    with pytest.raises(ValueError, match=r"lr was 0.1 .* is 0.2 now"):
+        configs.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.2, "workers": 2}, ("workers",))
+    configs.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.1, "workers": 2}, ("workers",))
+
+
+def test_log_that_goes_on_drops_records_after_the_checkpoint(tmp_path, capsys):
+    log = configs.RunLog(tmp_path, 10)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 1.0})
+    with open(log.path, "a") as file:
+        file.write('{"step": 4, "lo')  # a crash cut this line
+    log = configs.RunLog(tmp_path, 10, start_step=2)
+    log.write({"step": 3, "loss": 0.5})
+    records = [json.loads(line) for line in open(log.path)]
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_previous_checkpoints_are_kept_newest_first(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    for content in "abcd":
+        if path.exists():
+            configs.keep_previous(str(path), 2)
+        (tmp_path / "new").write_text(content)
+        (tmp_path / "new").rename(path)
+    assert [(tmp_path / name).read_text() for name in ("ckpt.pt", "ckpt_1.pt", "ckpt_2.pt")] == [
+        "d", "c", "b"]
+    assert len(list(tmp_path.iterdir())) == 3
