@@ -1,0 +1,513 @@
+"""Result files of evaluations, and what can honestly be said when runs are compared.
+
+A run's result is <name>.json: checkpoint, sha256, step, samples, precision, versions, "missing"
+rows, and "tasks": {set: {"family", "main", "metrics": {name: value in 0..1 or None}, "n", ...}}.
+Beside it <name>.npz keeps the per-sample hits as "set/metric", so that two runs can be compared
+sample by sample, also long after, and on another machine.
+
+An arm is {"name", "runs": [(result, hits), ...]}: one run, or one for each seed. Comparisons are to
+the first arm. Intervals are 95 %. Letters: n samples, u units drawn anew, B bootstrap draws.
+"""
+import json
+import math
+import os
+import zlib
+from collections import Counter
+
+import numpy as np
+
+FORMAT = "perceptual-clip results 1"
+DRAWS = 2000  # bootstrap draws: the ends of an interval then jitter by about 3 % of its width
+SAMPLES_CAVEAT = ("Intervals: 95 %, paired bootstrap over test samples (by class for mean "
+                  "per-class recall, images with all their captions for retrieval). The variance "
+                  "between training seeds is not in them.")
+SEEDS_CAVEAT = ("± is the standard deviation over seeds; a second interval, after \"seeds\", is "
+                "Student's t over seeds (paired where both arms have the same seeds).")
+SIGN_CAVEAT = ("The sign test counts sets as independent and equal; sets that share images or "
+               "labels (the ImageNet ones) are not, so its p is too small.")
+CURVE_CAVEAT = ("Checkpoints of one cosine run are not independent budgets: a run that ends at n "
+                "samples, its rate decayed, scores higher than a longer one passing n.")
+
+# ------------------------------------------------------------------------------ files
+
+
+def write_result(path, result, hits):
+    """Write a result (dict) to path.json and hits {set: {name: array}} to path.npz, atomically."""
+    arrays = {f"{name}/{metric}": array for name, arrays in hits.items()
+              for metric, array in arrays.items()}
+    with open(f"{path}.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(f"{path}.npz.tmp", f"{path}.npz")
+    write_json(f"{path}.json", result)  # after its arrays: a task in the JSON has them
+
+
+def write_json(path, content):
+    """Write a JSON file whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def read_result(path):
+    """Read <path>.json and its .npz: (result, hits {set: {name: array}})."""
+    path = str(path).removesuffix(".json")
+    try:
+        with open(f"{path}.json", encoding="utf-8") as file:
+            result = json.load(file)
+        if not isinstance(result, dict) or result.get("format") != FORMAT:
+            raise ValueError(f"no format={FORMAT!r} in it")
+        hits = {}
+        with np.load(f"{path}.npz", allow_pickle=False) as arrays:
+            for key in arrays.files:
+                name, metric = key.rsplit("/", 1)
+                hits.setdefault(name, {})[metric] = arrays[key]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename}: no such result file") from None
+    except (ValueError, OSError, EOFError) as error:  # also a cut JSON and a cut archive
+        raise ValueError(f"{path}.json: not a result of evaluate.py ({error}); remove it") from None
+    return result, hits
+
+
+# ------------------------------------------------------------------------------ paired bootstrap
+
+
+def units(hits, metric):
+    """What the bootstrap draws anew: (numerators (u,p), denominators (u,p), strata (u,) or None).
+
+    The metric is the mean over p parts (and over strata) of sum(numerator) / sum(denominator).
+    hits: one set's arrays.  None for a metric without a score per sample (average precision).
+    """
+    if metric == "mean_recall@1":
+        parts = [units(hits, f"{side}_retrieval_recall@1")[:2] for side in ("image", "text")]
+        return *(np.concatenate(part, axis=1) for part in zip(*parts)), None
+    if metric not in hits:
+        return None
+    values = hits[metric].astype(float)  # (n,)
+    if metric.startswith("image_retrieval"):  # a caption's hit belongs to its image
+        owner = hits["image_of"]
+        captions = np.bincount(owner).astype(float)
+        return np.bincount(owner, values)[:, None], captions[:, None], None
+    strata = hits["labels"] if metric == "mean_per_class_recall" else None
+    return values[:, None], np.ones((len(values), 1)), strata
+
+
+def paired_draws(hits_a, hits_b, metric, key, draws=DRAWS):
+    """B bootstrap values (B,) of metric(b) - metric(a) on the same samples drawn anew.
+
+    hits_a, hits_b: lists with one set's hits for each seed of an arm; an arm is its mean.
+    key: names the draw, so that a comparison can be repeated.  None if the metric has no hits.
+    Equal units are drawn together, as multinomial counts: exact, and 50,000 samples cost no more
+    than their few distinct outcomes.
+    """
+    seeds_a, seeds_b = ([units(hits, metric) for hits in arm] for arm in (hits_a, hits_b))
+    if None in seeds_a or None in seeds_b:
+        return None
+    _, denominators, strata = seeds_a[0]
+    columns = [np.mean([seed[0] for seed in arm], axis=0) for arm in (seeds_a, seeds_b)]
+    table, parts = np.concatenate([*columns, denominators], axis=1), denominators.shape[1]  # (u,3p)
+    rng = np.random.default_rng(zlib.crc32(f"{key}/{metric}".encode()))
+    groups = [table] if strata is None else [table[strata == c] for c in np.unique(strata)]
+    total = np.zeros(draws)
+    for group in groups:
+        kinds, counts = np.unique(group, axis=0, return_counts=True)  # (kinds,3p)
+        drawn = rng.multinomial(len(group), counts / len(group), size=draws)  # (B,kinds)
+        a, b, whole = np.split(drawn @ kinds, [parts, 2 * parts], axis=1)  # (B,p) each
+        total += ((b - a) / whole).mean(1)
+    return total / len(groups)
+
+
+def interval(draws):
+    """The middle 95 % of bootstrap values, as [low, high]."""
+    return [float(end) for end in np.percentile(draws, (2.5, 97.5))]
+
+
+# 97.5 % points of Student's t for 1 to 30 degrees of freedom (any table of the distribution)
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+         2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+         2.052, 2.048, 2.045, 2.042)
+
+
+def t975(freedom):
+    """97.5 % point of Student's t; beyond 30 degrees of freedom 1.96 + 2.4/f, within 0.003."""
+    return _T975[int(freedom) - 1] if freedom < 31 else 1.96 + 2.4 / freedom
+
+
+def seed_statistics(values):
+    """Mean of one value a seed, with standard deviation and 95 % t interval from two seeds on."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return {"mean": mean, "seeds": n, "sd": None, "interval": None}
+    sd = float(np.std(values, ddof=1))
+    half = t975(n - 1) * sd / math.sqrt(n)
+    return {"mean": mean, "seeds": n, "sd": sd, "interval": [mean - half, mean + half]}
+
+
+def seed_interval(values_a, values_b, paired):
+    """95 % interval of mean(b) - mean(a) over seeds; None below two seeds an arm.
+
+    paired: entry i of both arms has the same seed.  Otherwise Welch's, degrees rounded down.
+    """
+    a, b = np.array(values_a), np.array(values_b)
+    if min(len(a), len(b)) < 2:
+        return None
+    if paired:
+        return seed_statistics(b - a)["interval"]
+    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    error = math.sqrt(sum(parts))
+    below = parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1)
+    half = t975(max(1, error ** 4 // below) if below else 30) * error
+    delta = b.mean() - a.mean()
+    return [float(delta - half), float(delta + half)]
+
+
+def sign_test(wins, losses):
+    """Two-sided p of so uneven a split of wins and losses under fair coins; ties are dropped."""
+    n, few = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2 ** n)
+
+
+# ------------------------------------------------------------------------------ comparing arms
+
+
+def compare(arms, rows=()):
+    """All that is said about arms, as one JSON-able dict; deltas are to the first arm.
+
+    rows: the Rows of the chosen list, in whose order sets are shown and of which K are counted.
+    Sets are compared where every arm and seed has them; ValueError if texts or samples differ.
+    """
+    results = [result for arm in arms for result, _ in arm["runs"]]
+    every = {name: task for result in results for name, task in result["tasks"].items()}
+    shared = [name for name in _ordered(every, rows) if all(name in r["tasks"] for r in results)]
+    for name in shared:
+        _same_test(name, results)
+    sets, draws = {}, {}
+    for name in shared:
+        sets[name], draws[name] = _compare_set(name, arms)
+    partly = [name for name in every if name not in shared]
+    if not any(row.sets[0] in every for row in rows):
+        rows = ()  # none of the list is here: its families would be all gaps
+    families = _compare_families(sets, draws, arms, rows)
+    return {"format": "perceptual-clip comparison 1", "baseline": arms[0]["name"],
+            "arms": {arm["name"]: [_origin(result) for result, _ in arm["runs"]] for arm in arms},
+            "sets": sets, "families": families, "counts": _count_wins(sets, arms),
+            "missing": [row.sets[0] for row in rows if row.sets[0] not in every],
+            "not_in_every_run": partly, "draws": DRAWS,
+            "caveats": [SAMPLES_CAVEAT, SEEDS_CAVEAT, SIGN_CAVEAT]}
+
+
+def _origin(result):
+    keys = ("run", "checkpoint", "sha256", "step", "samples", "seed", "precision")
+    return {key: result.get(key) for key in keys}
+
+
+def _ordered(tasks, rows):
+    """Set names: the rows in their order, then the others by family and name, 2AFC last."""
+    place = {row.sets[0]: i for i, row in enumerate(rows)}
+    kind = {"retrieval": 1, "2afc": 2}
+    return sorted(tasks, key=lambda name: (place.get(name, len(place)),
+                                           kind.get(tasks[name]["type"], 0),
+                                           tasks[name]["family"], name))
+
+
+def _same_test(name, results):
+    """Refuse to compare runs that did not face the same names, templates and samples."""
+    kinds = {"classnames_sha256": "class names", "templates_sha256": "templates",
+             "samples_sha256": "samples"}
+    for key, what in kinds.items():
+        first = results[0]
+        for other in results[1:]:
+            if other["tasks"][name].get(key) != first["tasks"][name].get(key):
+                raise ValueError(f"{name}: {first['run']} and {other['run']} had different {what}, "
+                                 "so they cannot be compared; evaluate both on the same folder")
+
+
+def _compare_set(name, arms):
+    """One set: values and deltas of each arm; and the bootstrap draws of its main metric."""
+    task = arms[0]["runs"][0][0]["tasks"][name]
+    record = {key: task.get(key) for key in ("family", "type", "main", "n", "classes", "templates",
+                                             "captions", "partial", "part_of")}
+    record["arms"], main_draws = {}, {}
+    per_seed = {arm["name"]: [result["tasks"][name]["metrics"] for result, _ in arm["runs"]]
+                for arm in arms}
+    hits = {arm["name"]: [run_hits.get(name, {}) for _, run_hits in arm["runs"]] for arm in arms}
+    base = arms[0]["name"]
+    for arm in arms:
+        record["arms"][arm["name"]] = values = {}
+        for metric in (key for key, value in task["metrics"].items() if value is not None):
+            here = [metrics[metric] for metrics in per_seed[arm["name"]]]
+            values[metric] = seed_statistics(here)
+            if arm is arms[0]:
+                continue
+            there = [metrics[metric] for metrics in per_seed[base]]
+            drawn = paired_draws(hits[base], hits[arm["name"]], metric, name)
+            values[metric].update(_delta(there, here, drawn, _paired(arms[0], arm)))
+            if metric == task["main"]:
+                main_draws[arm["name"]] = drawn
+    return record, main_draws
+
+
+def _paired(arm_a, arm_b):
+    """Whether both arms have the same distinct seeds in the same order."""
+    seeds = [[result.get("seed") for result, _ in arm["runs"]] for arm in (arm_a, arm_b)]
+    return seeds[0] == seeds[1] and None not in seeds[0] and len(set(seeds[0])) == len(seeds[0])
+
+
+def _delta(there, here, drawn, paired):
+    return {"delta": float(np.mean(here) - np.mean(there)),
+            "delta_interval": None if drawn is None else interval(drawn),
+            "delta_seed_interval": seed_interval(there, here, paired)}
+
+
+def _compare_families(sets, draws, arms, rows):
+    """Means of the main metric over each family and over all classification sets, k of K."""
+    members = {}
+    for name, record in sets.items():
+        if not record["part_of"]:  # the halves of NIGHTS are in its total already
+            members.setdefault(record["family"], []).append(name)
+    classification = [name for name, record in sets.items()
+                      if record["type"] in ("classification", "multilabel")]
+    members["all classification"] = classification
+    of = Counter(row.family for row in rows)
+    of["all classification"] = sum(count for family, count in of.items() if family != "retrieval")
+    listed = {row.sets[0] for row in rows}
+    means = {}
+    for family in [*of, *(family for family in members if family not in of)]:
+        names = members.get(family, [])
+        more = sum(name not in listed for name in names)  # sets of your own in a row's family
+        means[family] = {"k": len(names), "K": of[family] + more, "sets": names,
+                         "arms": _family_arms(names, sets, draws, arms) if names else {}}
+    return means
+
+
+def _family_arms(names, sets, draws, arms):
+    def by_seed(arm):
+        return [float(np.mean([result["tasks"][name]["metrics"][sets[name]["main"]]
+                               for name in names])) for result, _ in arm["runs"]]
+    values = {}
+    for arm in arms:
+        values[arm["name"]] = seed_statistics(by_seed(arm))
+        if arm is not arms[0]:
+            parts = [draws[name][arm["name"]] for name in names]
+            drawn = None if any(part is None for part in parts) else np.mean(parts, axis=0)
+            values[arm["name"]].update(_delta(by_seed(arms[0]), by_seed(arm), drawn,
+                                              _paired(arms[0], arm)))
+    return values
+
+
+RECALLS = tuple(f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10))
+
+
+def _count_wins(sets, arms):
+    """Wins, ties and losses of each later arm against the first, by kind of metric."""
+    kinds = {"main metric": None, "top-1": ("acc1",), "top-5": ("acc5",), "recalls": RECALLS}
+    counts = {}
+    for arm in arms[1:]:
+        counts[arm["name"]] = {}
+        for kind, metrics in kinds.items():
+            found = [record["arms"][arm["name"]][metric] for record in sets.values()
+                     if record["type"] != "2afc"
+                     for metric in metrics or (record["main"],)
+                     if metric in record["arms"][arm["name"]]]
+            counts[arm["name"]][kind] = _tally(found)
+    return counts
+
+
+def _tally(found):
+    wins, losses = (sum(sign * value["delta"] > 0 for value in found) for sign in (1, -1))
+    clear = [value["delta_interval"] for value in found if value["delta_interval"]]
+    return {"compared": len(found), "wins": wins, "ties": len(found) - wins - losses,
+            "losses": losses, "clear_wins": sum(low > 0 for low, _ in clear),
+            "clear_losses": sum(high < 0 for _, high in clear),
+            "sign_test_p": sign_test(wins, losses)}
+
+
+# ------------------------------------------------------------------------------ Markdown
+
+
+def table(header, rows):
+    """A Markdown table with aligned columns; the first column is text, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0])]
+                               + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]) + " |"
+             for row in cells]
+    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+_SHORT = {"mean_per_class_recall": "mpcr", "mean_average_precision": "mAP", "mean_recall@1": "R@1"}
+
+
+def markdown(comparison, rows=()):
+    """The comparison as Markdown that can be pasted: sets, family means, wins, caveats. In %."""
+    arms, sets = list(comparison["arms"]), comparison["sets"]
+    published = any(row.sets[0] in sets for row in rows)
+    header = ["set", "family", "n", "metric", *arms]
+    if published:
+        header.append("OpenAI B/32")  # what CLIP_benchmark published: check the evaluator with it
+    row_of = {row.sets[0]: row for row in rows}
+    missing = set(comparison["missing"]) if published else set()
+    lines = []
+    for name in _shown(sets, rows, missing):
+        row, record = row_of.get(name), sets.get(name)
+        if record is None:
+            cells = [name, row.family, "", "", *["missing"] * len(arms)]
+        else:
+            cells = [name + " (partial)" * bool(record["partial"]), record["family"], record["n"],
+                     _SHORT.get(record["main"], record["main"])]
+            cells += [_cell(record["arms"][arm][record["main"]]) for arm in arms]
+        lines.append(cells + [_published(row)] * published)
+    text = [table(header, lines), "", _family_table(comparison, arms)]
+    if len(arms) > 1:
+        text += ["", f"Deltas in points, to {comparison['baseline']}.", "",
+                 _count_table(comparison)]
+        several = any(len(runs) > 1 for runs in comparison["arms"].values())
+        text += ["", SAMPLES_CAVEAT, *[SEEDS_CAVEAT] * several, SIGN_CAVEAT]
+    if comparison["not_in_every_run"]:
+        text += ["", "Not in every run, so left out: "
+                 + ", ".join(comparison["not_in_every_run"]) + "."]
+    return "\n".join(text) + "\n"
+
+
+def _shown(sets, rows, missing):
+    """Rows in the list's order, missing ones in their place; then the other sets."""
+    listed = [row.sets[0] for row in rows if row.sets[0] in sets or row.sets[0] in missing]
+    return listed + [name for name in sets if name not in listed]
+
+
+def _cell(value):
+    """A value, with its spread over seeds, and its delta with intervals, in % and points."""
+    text = f"{100 * value['mean']:.1f}"
+    if value["sd"] is not None:
+        text += f" ± {100 * value['sd']:.1f}"
+    if "delta" in value:
+        text += f" ({100 * value['delta']:+.1f}"
+        if value["delta_interval"]:
+            text += " [{:+.1f}, {:+.1f}]".format(*(100 * end for end in value["delta_interval"]))
+        if value["delta_seed_interval"]:
+            text += " seeds [{:+.1f}, {:+.1f}]".format(
+                *(100 * end for end in value["delta_seed_interval"]))
+        text += ")"
+    return text
+
+
+def _published(row):
+    """acc1/acc5, or for retrieval R@1 of text to image / image to text."""
+    if row is None or row.published[0] is None:
+        return ""
+    pair = row.published[::2] if row.family == "retrieval" else row.published
+    return "/".join("-" if value is None else str(value) for value in pair)
+
+
+def _family_table(comparison, arms):
+    lines = []
+    for family, mean in comparison["families"].items():
+        cells = [_cell(mean["arms"][arm]) if mean["arms"] else "missing" for arm in arms]
+        lines.append([family, f"{mean['k']} of {mean['K']}", *cells])
+    return table(["mean of main metrics", "sets", *arms], lines)
+
+
+def _count_table(comparison):
+    lines = [[arm, kind, count["compared"], count["wins"], count["ties"], count["losses"],
+              f"{count['clear_wins']} / {count['clear_losses']}", f"{count['sign_test_p']:.2g}"]
+             for arm, kinds in comparison["counts"].items() for kind, count in kinds.items()
+             if count["compared"]]
+    return table(["arm", "metric", "compared", "wins", "ties", "losses",
+                  "clear of 0: wins / losses", "sign test p"], lines)
+
+
+# ------------------------------------------------------------------------------ scaling
+
+
+def fit_power_law(samples, values):
+    """Least squares of log(value) on log(samples): value = factor * samples ** exponent.
+
+    Returns exponent, factor, r2, interval (95 %, Student's t, from three points on), points; None
+    below two points or where a value is not positive.
+    """
+    if len(samples) < 2 or min(values) <= 0:
+        return None
+    x, y = np.log(samples), np.log(values)
+    spread = ((x - x.mean()) ** 2).sum()
+    exponent = ((x - x.mean()) * (y - y.mean())).sum() / spread
+    rest = ((y - y.mean() - exponent * (x - x.mean())) ** 2).sum()
+    whole = ((y - y.mean()) ** 2).sum()
+    ends = None
+    if len(x) > 2:
+        half = t975(len(x) - 2) * math.sqrt(rest / (len(x) - 2) / spread)
+        ends = [float(exponent - half), float(exponent + half)]
+    return {"exponent": float(exponent), "factor": float(np.exp(y.mean() - exponent * x.mean())),
+            "r2": float(1 - rest / whole) if whole else 1.0, "interval": ends, "points": len(x)}
+
+
+def samples_to_reach(points, target):
+    """Samples at which a curve [(samples, value)] first reaches target, log-linear in between."""
+    before = None
+    for samples, value in points:
+        if value >= target:
+            if before is None or before[0] == 0:
+                return float(samples)
+            share = (target - before[1]) / (value - before[1])
+            return float(before[0] * (samples / before[0]) ** share)
+        before = samples, value
+    return None
+
+
+def chance(task):
+    """Expected main metric of guessing and its standard error over n samples; None for mAP."""
+    kinds = {"classification": lambda: 1 / task["classes"], "retrieval": lambda: 1 / task["n"],
+             "2afc": lambda: 0.5}
+    if task["type"] not in kinds:
+        return None
+    p = kinds[task["type"]]()
+    return p, math.sqrt(p * (1 - p) / task["n"])
+
+
+def scaling(arms):
+    """Metric against samples seen: each family's and set's curve, fit, and samples to the baseline.
+
+    arms: like compare's, but an arm's runs are the milestones of all its seeds, {"name", "seeds":
+    [[(result, hits), ...by samples], ...]}.  A point is the mean over seeds that all have it.
+    Left out of everything: sets within two standard errors of chance at the end of any arm.
+    """
+    ends = [seed[-1][0] for arm in arms for seed in arm["seeds"]]
+    tasks = {name: task for name, task in ends[0]["tasks"].items()
+             if all(name in result["tasks"] for arm in arms for seed in arm["seeds"]
+                    for result, _ in seed)}
+    left_out = {name for name, task in tasks.items() if chance(task) and any(
+        end["tasks"][name]["metrics"][task["main"]] < chance(task)[0] + 2 * chance(task)[1]
+        for end in ends)}
+    groups = {}
+    for name, task in tasks.items():
+        if name not in left_out:
+            groups[name] = [name]
+            if not task.get("part_of"):
+                groups.setdefault(f"mean of {task['family']}", []).append(name)
+            if task["type"] in ("classification", "multilabel"):
+                groups.setdefault("mean of all classification", []).append(name)
+    curves = {group: _curves(names, arms) for group, names in sorted(groups.items())}
+    return {"format": "perceptual-clip scaling 1", "baseline": arms[0]["name"],
+            "caveat": CURVE_CAVEAT, "near_chance": sorted(left_out), "curves": curves}
+
+
+def _curves(names, arms):
+    curves = {}
+    for arm in arms:
+        per_seed = [{result["samples"]: np.mean([result["tasks"][name]["metrics"][
+            result["tasks"][name]["main"]] for name in names]) for result, _ in seed}
+            for seed in arm["seeds"]]
+        shared = sorted(set.intersection(*map(set, per_seed)))
+        points = [(samples, seed_statistics([seed[samples] for seed in per_seed]))
+                  for samples in shared]
+        warm = arm["seeds"][0][-1][0].get("warmup_samples") or 0
+        used = [(samples, point["mean"]) for samples, point in points if samples > warm]
+        curves[arm["name"]] = {
+            "points": [{"samples": samples, **point} for samples, point in points],
+            "warmup_samples": warm, "fit": fit_power_law(*zip(*used)) if used else None,
+            "fitted": [samples for samples, _ in used]}
+    final = curves[arms[0]["name"]]["points"][-1]["mean"]
+    for curve in curves.values():
+        reached = samples_to_reach([(p["samples"], p["mean"]) for p in curve["points"]], final)
+        curve["samples_to_baseline"] = reached
+    return curves
