@@ -125,8 +125,8 @@ def _append(url, part, size, progress):
         total = _total(reply.headers)
         if total is None or size is not None and total != size:
             part.unlink(missing_ok=True)
-            raise ValueError(f"{url}: the server offers {total if total else 'an unstated number of'}"
-                             f" bytes, expected {'a known length' if size is None else size}")
+            offered = "does not say its length" if total is None else f"is {total} bytes long there"
+            raise ValueError(f"{url}: {offered}, expected {size or 'a stated length'}")
         _room(part.parent, total - begin)
         line = Progress(part.stem, total / 1e6, "MB", done=begin / 1e6) if progress else None
         with open(part, "ab" if begin else "wb") as file:
@@ -167,9 +167,10 @@ def _next_page(link):
 
 
 def _room(folder, needed):
+    """Refuse at the start what would fill the disk at the end."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} are needed")
 
 
 def _length(path):

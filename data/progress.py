@@ -29,5 +29,6 @@ class Progress:
         rate = (self.done - self.done_before) / max(self.shown - self.start_time, 1e-3)
         left = (self.total - self.done) / rate if rate else float("inf")
         eta = f"eta {left / 60:,.1f} min" if left < float("inf") else "eta unknown"
-        print(f"{self.name}: {self.done:,.0f} of {self.total:,.0f} {self.unit} "
-              f"({self.done / max(self.total, 1):.0%}), {rate:,.1f} {self.unit}/s, {eta}", flush=True)
+        share = self.done / max(self.total, 1)
+        print(f"{self.name}: {self.done:,.0f} of {self.total:,.0f} {self.unit} ({share:.0%}), "
+              f"{rate:,.1f} {self.unit}/s, {eta}", flush=True)

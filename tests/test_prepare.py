@@ -16,7 +16,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     files: {path: bytes}; cut: bytes after which each reply ends, though it promised more;
     ranges: whether it honours Range; log: (path, Range header) of each request;
-    fail: {path: [status codes of the first replies]}; page: entries per page of a listing; pauses: seconds that the first replies keep silent for.
+    fail: {path: [status codes of the first replies]}; page: entries per page of a listing;
+    pauses: seconds that the first replies keep silent for.
     """
 
     def __init__(self, files, cut=None, ranges=True, fail=None, page=1000, pauses=()):
@@ -147,14 +148,16 @@ def test_a_server_without_progress_is_given_up_and_the_part_stays(tmp_path):
 
 def test_a_busy_server_is_asked_again(tmp_path):
     with Server({"/a.bin": b"abc"}, fail={"/a.bin": [503, 429]}) as server:
-        assert download(server.address + "/a.bin", tmp_path / "a.bin", wait=0).read_bytes() == b"abc"
+        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
+        assert path.read_bytes() == b"abc"
         assert len(server.log) == 3
 
 
 def test_a_server_that_falls_silent_is_asked_again(tmp_path, monkeypatch):
     monkeypatch.setattr("data.download.TIMEOUT", 0.1)
     with Server({"/a.bin": b"abc"}, pauses=[0.3]) as server:
-        assert download(server.address + "/a.bin", tmp_path / "a.bin", wait=0).read_bytes() == b"abc"
+        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
+        assert path.read_bytes() == b"abc"
         assert len(server.log) == 2
 
 
@@ -173,7 +176,7 @@ def test_a_refusal_says_what_to_do(tmp_path):
 
 def test_another_size_than_expected_is_refused_before_any_byte_is_kept(tmp_path):
     with Server({"/a.bin": BODY}) as server:
-        with pytest.raises(ValueError, match=f"offers {len(BODY)} bytes, expected 5"):
+        with pytest.raises(ValueError, match=f"is {len(BODY)} bytes long there, expected 5"):
             download(server.address + "/a.bin", tmp_path / "a.bin", size=5)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,215 @@
+"""Packing a folder of pictures: what gets in, under which caption, and what is said of the rest."""
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import decode
+from data.pack import caption_of_names, is_held_out, main, shrink
+
+
+def picture(path, size=(40, 30), seed=0, **options):
+    """Draw a smooth random picture into a file, so that JPEG keeps it well."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+def packs(folder):
+    """{key without its number: (kind, bytes, captions)} of every shard in a folder."""
+    found, kinds = {}, {}
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                content = tar.extractfile(member).read()
+                if kind == "txt":
+                    found[key] = content.decode().splitlines()
+                else:
+                    kinds[key] = kind, content
+    return {key.partition("_")[2]: (*kinds[key], found[key]) for key in sorted(kinds)}
+
+
+def run(images, target, *options):
+    main([str(images), str(target), "--workers=1", *options])
+    return json.loads((target / f"{images.name}.json").read_text())
+
+
+def skips(target, name):
+    lines = (target / f"{name}.skipped.tsv").read_text().splitlines()
+    return dict(line.split("\t") for line in lines)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Four pictures in two folders."""
+    for i, name in enumerate(["birds/grey_heron_02.png", "birds/owl.jpg", "cat.png", "dog.webp"]):
+        picture(tmp_path / "images" / name, seed=i)
+    return tmp_path / "images"
+
+
+def test_captions_of_a_csv_are_found_and_several_rows_are_several_captions(images, tmp_path):
+    (tmp_path / "c.csv").write_text("file,caption,other\ncat.png,a cat,1\ncat.png,a kitten,2\n"
+                                    'birds/owl.jpg,"an owl, asleep",3\n')
+    report = run(images, tmp_path / "out", f"--captions={tmp_path}/c.csv")
+    found = {key: captions for key, (_, _, captions) in packs(tmp_path / "out").items()}
+    assert found == {"cat": ["a cat", "a kitten"], "birds_owl": ["an owl, asleep"]}
+    assert report["pairs"] == 2 and report["skipped"] == {"not in the caption file": 2}
+
+
+def test_captions_of_a_jsonl_may_be_lists(images, tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"file_name": "cat.png", "text": ["a cat", "a kitten"]}\n'
+                                      '{"file_name": "dog.webp", "text": "a dog"}\n')
+    run(images, tmp_path / "out", f"--captions={tmp_path}/c.jsonl")
+    assert packs(tmp_path / "out")["cat"][2] == ["a cat", "a kitten"]
+
+
+def test_the_first_line_beside_a_picture_is_its_caption(images, tmp_path):
+    (images / "cat.txt").write_text("A cat.\nde.utf8=Eine Katze.\n")
+    run(images, tmp_path / "out", "--captions=beside")
+    assert packs(tmp_path / "out")["cat"][2] == ["A cat."]
+
+
+def test_all_lines_beside_a_picture_are_captions_on_request(images, tmp_path):
+    (images / "cat.txt").write_text("A cat.\nA grey cat.\n")
+    run(images, tmp_path / "out", "--captions=beside", "--lines=all")
+    assert packs(tmp_path / "out")["cat"][2] == ["A cat.", "A grey cat."]
+
+
+def test_names_make_captions_without_counters():
+    assert caption_of_names("animals/birds/grey_heron_02.png") == "grey heron, birds, animals"
+    assert caption_of_names("01.png") == ""
+
+
+def test_every_skip_is_counted_and_named(images, tmp_path):
+    captions = {"cat.png": "a cat", "empty.jpg": "nothing", "html.jpg": "a page", "blank.png": " ",
+                "gone.png": "not there", "cut.jpg": "half", "dangling.png": "nowhere",
+                "again.png": "the cat once more", "null.png": None, "surrogate.png": "a \ud800 b"}
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "html.jpg").write_text("<html>not found</html>")
+    cut = picture(images / "cut.jpg", (300, 300))
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    (images / "again.png").write_bytes((images / "cat.png").read_bytes())
+    (images / "dangling.png").symlink_to("nowhere.png")
+    for i, name in enumerate(["blank.png", "null.png", "surrogate.png"]):
+        picture(images / name, seed=10 + i)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"file": name, "caption": text}) + "\n"
+                                              for name, text in captions.items()))
+    report = run(images, tmp_path / "out", f"--captions={tmp_path}/c.jsonl")
+    assert skips(tmp_path / "out", "images") == {
+        "empty.jpg": "empty", "html.jpg": "not an image", "cut.jpg": "truncated",
+        "dangling.png": "unreadable file", "blank.png": "empty caption",
+        "null.png": "empty caption", "gone.png": "no such picture",
+        "cat.png": "same picture again",
+        "birds/grey_heron_02.png": "not in the caption file",
+        "birds/owl.jpg": "not in the caption file", "dog.webp": "not in the caption file"}
+    assert report["skipped"]["empty caption"] == 2 and report["pairs"] == 2  # again, surrogate
+    assert packs(tmp_path / "out")["surrogate"][2] == ["a ? b"]
+
+
+def test_captions_that_are_not_utf8_are_skipped(images, tmp_path):
+    (images / "cat.txt").write_bytes(b"caf\xe9")
+    (images / "dog.txt").write_text("a dog")
+    run(images, tmp_path / "out", "--captions=beside")
+    assert skips(tmp_path / "out", "images")["cat.png"] == "caption is not UTF-8"
+
+
+def test_a_small_picture_keeps_its_bytes():
+    file = io.BytesIO()
+    Image.new("RGB", (300, 256)).save(file, "WEBP")
+    assert shrink(file.getvalue(), 256) == ("webp", file.getvalue())
+
+
+def test_a_large_picture_gets_the_short_side_and_keeps_its_shape_and_colours(tmp_path):
+    path = picture(tmp_path / "large.png", (1200, 900))
+    kind, data = shrink(path.read_bytes(), 256)
+    small = Image.open(io.BytesIO(data))
+    assert kind == "jpg" and small.size == (341, 256)
+    reference = Image.open(path).resize((341, 256), Image.Resampling.BOX)
+    apart = np.abs(np.asarray(small, float) - np.asarray(reference, float)).mean()
+    assert apart < 2  # of 255: JPEG at quality 90 and another resampling filter, on smooth colours
+
+
+def test_transparency_becomes_white_when_a_picture_is_shrunk():
+    file = io.BytesIO()
+    Image.new("RGBA", (500, 500), (0, 0, 0, 0)).save(file, "PNG")
+    assert decode(shrink(file.getvalue(), 256)[1]).getpixel((9, 9)) == (255, 255, 255)
+
+
+def test_other_formats_become_jpeg_at_their_size():
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40), "red").save(file, "BMP")
+    kind, data = shrink(file.getvalue(), 256)
+    assert kind == "jpg" and Image.open(io.BytesIO(data)).size == (50, 40)
+
+
+def test_held_out_pictures_are_the_share_asked_for_and_stay_when_others_come(tmp_path):
+    for i in range(60):
+        picture(tmp_path / "images" / f"picture{i}.png", (9, 9), seed=i)
+    run(tmp_path / "images", tmp_path / "out", "--captions=names", "--held_out=0.3")
+    held = {name for name in packs(tmp_path / "out" / "held_out")}
+    train = {name for name in packs(tmp_path / "out")}
+    assert held == {f"picture{i}" for i in range(60) if is_held_out(f"picture{i}.png", 0.3)}
+    assert not held & train and len(held) + len(train) == 60
+    share = np.mean([is_held_out(f"{i}.png", 0.3) for i in range(5000)])
+    assert abs(share - 0.3) < 0.02  # three standard deviations of 5,000 draws
+
+
+def test_two_processes_write_what_one_does(images, tmp_path):
+    for workers in ("1", "2"):
+        main([str(images), str(tmp_path / workers), "--captions=names", f"--workers={workers}"])
+    one, two = (packs(tmp_path / workers) for workers in ("1", "2"))
+    assert one == two and len(one) == 4
+
+
+def test_two_packs_share_a_target(images, tmp_path):
+    run(images, tmp_path / "out", "--captions=names", "--per_shard=3")
+    main([str(images / "birds"), str(tmp_path / "out"), "--captions=names", "--workers=1"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "birds-00000.tar", "birds.json", "birds.skipped.tsv", "images-00000.tar",
+        "images-00001.tar", "images.json", "images.skipped.tsv"]
+
+
+def test_a_second_pack_of_one_name_is_refused(images, tmp_path):
+    run(images, tmp_path / "out", "--captions=names")
+    with pytest.raises(ValueError, match="has images-.*tar already; remove them or give --name"):
+        run(images, tmp_path / "out", "--captions=names")
+
+
+def test_an_interrupted_pack_leaves_no_shard_and_can_be_repeated(images, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("data.pack.os.replace", None)  # dies when the first shard should appear
+        with pytest.raises(TypeError):
+            run(images, tmp_path / "out", "--captions=names")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert run(images, tmp_path / "out", "--captions=names")["pairs"] == 4
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("c.csv", "name,words\ncat.png,a cat\n", "row 1: needs a file .* and a caption"),
+    ("c.csv", "file,words\ncat.png,a cat\n", "row 1: needs a file .* and a caption"),
+    ("c.jsonl", '{"file": "cat.png", "caption": "a"}\n{"file"\n', "row 2: not JSON"),
+    ("c.jsonl", "[1]\n", "row 1: not an object"),
+    ("c.jsonl", '{"file": "cat.png", "caption": 3}\n', "row 1: needs"),
+    ("c.csv", "file,caption\ncat.png,caf\udce9\n", "not readable as UTF-8"),
+    ("c.tsv", "", "must be FILE.csv, FILE.jsonl, beside or names"),
+])
+def test_a_caption_file_that_cannot_be_meant_is_named(images, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        run(images, tmp_path / "out", f"--captions={tmp_path / name}")
+
+
+def test_the_command_says_an_error_in_one_line_and_exits_with_2(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.pack", "nowhere", str(tmp_path / "out"),
+                           "--captions=names"], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert done.stderr.strip() == "pack.py: nowhere: no such folder"
