@@ -88,6 +88,13 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_room(folder, needed):
+    """ValueError unless the disk of `folder` has `needed` bytes: better now than when it is full."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+
+
 def _fetch(url, part, size, wait, progress):
     """Grow `part` until it is whole; failures wait and go on, within ATTEMPTS."""
     failures = 0
@@ -127,7 +134,7 @@ def _append(url, part, size, progress):
             part.unlink(missing_ok=True)
             offered = "does not say its length" if total is None else f"is {total} bytes long there"
             raise ValueError(f"{url}: {offered}, expected {size or 'a stated length'}")
-        _room(part.parent, total - begin)
+        check_room(part.parent, total - begin)
         line = Progress(part.stem, total / 1e6, "MB", done=begin / 1e6) if progress else None
         with open(part, "ab" if begin else "wb") as file:
             while chunk := reply.read(CHUNK):
@@ -164,13 +171,6 @@ def _next_page(link):
         if 'rel="next"' in relation:
             return address.strip(" <>")
     return None
-
-
-def _room(folder, needed):
-    """Refuse at the start what would fill the disk at the end."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} are needed")
 
 
 def _length(path):

@@ -1,13 +1,21 @@
 """Downloads and the preparation of published data: loopback servers, parquet files, zips."""
+import gzip
 import hashlib
 import http.server
+import io
 import json
+import os
+import stat
 import threading
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from data import benchmarks, prepare_benchmarks, prepare_nights
 from data.download import CHUNK, download, hub_files
 
 
@@ -207,3 +215,250 @@ def test_a_listing_of_several_pages_is_read_to_its_end():
 def test_an_address_that_is_no_data_set_is_refused():
     with pytest.raises(ValueError, match="write https://huggingface.co/datasets/OWNER/NAME"):
         hub_files("https://huggingface.co/some/model")
+
+
+# ------------------------------------------------------------------------------------------ NIGHTS
+
+HEADER = ("id,left_vote,right_vote,votes,ref_path,left_path,right_path,split,is_imagenet,prompt\n")
+
+
+def nights_csv(splits=("train", "train", "val", "test")):
+    """NIGHTS' table with one triplet a split named; the last has too few votes to count."""
+    rows = [f"{i},1,0,{6 + i},ref/000/{i:03d}.png,distort/000/{i:03d}_0.png,"
+            f"distort/000/{i:03d}_1.png,{split},False,a dog\n" for i, split in enumerate(splits)]
+    last = len(splits)
+    rows.append(f"{last},0,1,5,ref/000/000.png,distort/000/000_0.png,distort/000/000_1.png,train,"
+                "True,a cat\n")
+    return HEADER + "".join(rows)
+
+
+def nights_zip(path, extra=(), leave_out=(), home="nights/"):
+    """A small zip as published: everything below nights/; extra: (name or ZipInfo, bytes)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(f"{home}data.csv", nights_csv())
+        for i in range(4):
+            for name in (f"ref/000/{i:03d}.png", f"distort/000/{i:03d}_0.png",
+                         f"distort/000/{i:03d}_1.png"):
+                if name not in leave_out:
+                    file.writestr(home + name, f"picture {name}".encode() * 50)
+        for name, content in extra:
+            file.writestr(name, content)
+    return path
+
+
+COUNTS = {"train": 2, "val": 1, "test": 1}
+
+
+def test_nights_is_fetched_unpacked_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_nights, "COUNTS", COUNTS)
+    with Server({"/n.zip": nights_zip(tmp_path / "n.zip").read_bytes()}) as server:
+        prepare_nights.main([str(tmp_path / "nights"), f"--url={server.address}/n.zip"])
+    picture = tmp_path / "nights" / "distort" / "000" / "003_1.png"
+    assert picture.read_bytes() == b"picture distort/000/003_1.png" * 50
+    assert sorted(p.name for p in (tmp_path / "nights").iterdir()) == ["data.csv", "distort", "ref"]
+
+
+def test_a_stopped_unpacking_is_gone_on_from_and_writes_the_csv_last(tmp_path, monkeypatch):
+    archive, written = nights_zip(tmp_path / "n.zip"), []
+
+    def stop_at_five(source, target):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(target)
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_nights.os, "replace", stop_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_nights.extract(archive, tmp_path / "nights")
+    assert not (tmp_path / "nights" / "data.csv").exists()
+    times = [path.stat().st_mtime_ns for path in written]
+    prepare_nights.extract(archive, tmp_path / "nights")
+    assert [path.stat().st_mtime_ns for path in written] == times
+    prepare_nights.check(tmp_path / "nights", COUNTS)
+
+
+def link_member():
+    info = zipfile.ZipInfo("nights/ref/link.png")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "/tmp/outside.png", "nights/../../outside.png",
+                                  "C:\\outside.png", "nights\\..\\..\\outside.png", "link"])
+def test_a_zip_with_a_member_that_leaves_the_folder_is_not_unpacked(tmp_path, name):
+    member = link_member() if name == "link" else name
+    archive = nights_zip(tmp_path / "n.zip", extra=[(member, b"/etc/passwd")])
+    with pytest.raises(ValueError, match="is a link or leaves the folder"):
+        prepare_nights.extract(archive, tmp_path / "deep" / "nights")
+    assert [path.name for path in tmp_path.rglob("*")] == ["n.zip"]
+
+
+def test_members_beside_the_data_sets_folder_stay_in_the_zip(tmp_path):
+    archive = nights_zip(tmp_path / "n.zip", extra=[("__MACOSX/x.png", b"x")])
+    prepare_nights.extract(archive, tmp_path / "nights")
+    assert not list(tmp_path.rglob("__MACOSX"))
+
+
+def test_a_damaged_zip_is_named(tmp_path):
+    archive = nights_zip(tmp_path / "n.zip")
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"003_1.png") + 20] ^= 255  # in the compressed bytes of that member
+    archive.write_bytes(content)
+    with pytest.raises(ValueError, match="n.zip: broken"):
+        prepare_nights.extract(archive, tmp_path / "nights")
+    archive.write_bytes(b"<html>busy</html>")
+    with pytest.raises(ValueError, match="n.zip: broken .*remove it and start again"):
+        prepare_nights.extract(archive, tmp_path / "nights")
+
+
+def test_a_zip_without_the_csv_is_not_nights(tmp_path):
+    with zipfile.ZipFile(tmp_path / "n.zip", "w") as file:
+        file.writestr("a.png", b"")
+    with pytest.raises(ValueError, match="holds no data.csv"):
+        prepare_nights.extract(tmp_path / "n.zip", tmp_path / "nights")
+
+
+def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
+    names = [f"distort/000/{i:03d}_{side}.png" for i in range(4) for side in (0, 1)]
+    gone = names + ["ref/000/001.png", "ref/000/002.png", "ref/000/003.png"]
+    prepare_nights.extract(nights_zip(tmp_path / "n.zip", leave_out=gone), tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        prepare_nights.check(tmp_path, COUNTS)
+    assert "11 of 12 pictures missing: " + ", ".join(gone[:10]) + ", ...;" in str(error.value)
+
+
+def test_other_counts_than_published_are_refused(tmp_path):
+    prepare_nights.extract(nights_zip(tmp_path / "n.zip"), tmp_path / "nights")
+    with pytest.raises(ValueError, match="'train': 2, 'val': 1, 'test': 1}, NIGHTS has .*13900"):
+        prepare_nights.main([str(tmp_path / "nights")])
+
+
+# -------------------------------------------------------------------------------------- benchmarks
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def hub_set(folder, home, name, n, classes, retrieval=False):
+    """The files {path on the server: bytes} of one set as a home has it."""
+    captions = ["a thing", "one thing"]
+    samples = [(f"s{i:07d}", "png", png(i), captions if retrieval else i % classes)
+               for i in range(n)]
+    kind = "retrieval" if retrieval else "classification"
+    made = benchmarks.write_set(folder, "made", [f"c{i}" for i in range(classes)], ["a {c}."],
+                                samples, dataset_type=kind, per_shard=3)
+    files = {f"/datasets/{home}/{name}/resolve/main/{path.relative_to(made)}": path.read_bytes()
+             for path in Path(made).rglob("*.t*")}
+    return files | {f"/datasets/{home}/{name}/resolve/main/README.md": b"# read me"}
+
+
+def small_row(name, n, classes, retrieval=False):
+    family = "retrieval" if retrieval else "misc"
+    return benchmarks.Row(name, family, (name, f"other-{name}"), n, classes, "acc1", 1, (0.0, 0.0))
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """A table of two small rows instead of the paper's."""
+    table = (small_row("tiny", 8, 2), small_row("pairs", 4, 0, retrieval=True))
+    monkeypatch.setattr(prepare_benchmarks, "ROWS", table)
+    monkeypatch.setattr(benchmarks, "ROWS", table)
+    monkeypatch.setattr(benchmarks, "ROW_OF", {name: row for row in table for name in row.sets})
+    return table
+
+
+def fetch_sets(server, target, *options):
+    prepare_benchmarks.main([str(target), f"--hub={server.address}", *options])
+
+
+def test_a_set_is_fetched_whole_and_read_by_the_evaluator(tmp_path, rows):
+    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
+        fetch_sets(server, tmp_path / "sets", "--only=tiny")
+    folder = tmp_path / "sets" / "wds_tiny_test"
+    assert benchmarks.BenchmarkSet(folder).labels.tolist() == [0, 1] * 4
+    assert not (folder / "README.md").exists()
+
+
+def test_a_complete_set_costs_one_listing_and_no_file(tmp_path, rows):
+    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
+        fetch_sets(server, tmp_path / "sets", "--only=tiny")
+        server.log.clear()
+        fetch_sets(server, tmp_path / "sets", "--only=tiny")
+        assert [path for path, _ in server.log] == [
+            "/api/datasets/djghosh/wds_tiny_test/tree/main?recursive=true"]
+
+
+def test_the_other_home_has_its_own_names_and_retrieval_sets(tmp_path, rows):
+    files = hub_set(tmp_path / "a", "clip-benchmark", "wds_other-tiny", 8, 2)
+    files |= hub_set(tmp_path / "b", "clip-benchmark", "wds_other-pairs", 4, 0, retrieval=True)
+    with Server(files) as server:
+        fetch_sets(server, tmp_path / "sets", "--only=other-tiny", "--home=clip-benchmark")
+        fetch_sets(server, tmp_path / "sets", "--only=pairs")  # wherever asked, it is in that home
+    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [
+        "wds_other-pairs", "wds_other-tiny"]
+
+
+def test_one_set_never_comes_from_two_homes(tmp_path, rows):
+    (tmp_path / "sets" / "wds_other-tiny").mkdir(parents=True)
+    with Server({}) as server:
+        with pytest.raises(ValueError, match="same set from the other home; move it away"):
+            fetch_sets(server, tmp_path / "sets", "--only=tiny")
+
+
+def test_a_set_of_another_size_than_its_row_is_refused_and_the_rest_still_fetched(tmp_path, rows):
+    files = hub_set(tmp_path / "a", "djghosh", "wds_tiny_test", 7, 2)
+    files |= hub_set(tmp_path / "b", "clip-benchmark", "wds_other-pairs", 4, 0, retrieval=True)
+    with Server(files) as server:
+        with pytest.raises(ValueError, match="1 of 2 sets failed: tiny .*7 images in 2 classes, "
+                                             "but tiny has 8 in 2"):
+            fetch_sets(server, tmp_path / "sets")
+    assert (tmp_path / "sets" / "wds_other-pairs" / "test" / "1.tar").exists()
+
+
+def test_the_list_says_what_is_complete_incomplete_and_absent(tmp_path, rows, capsys):
+    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
+        fetch_sets(server, tmp_path / "sets", "--only=tiny")
+    prepare_benchmarks.main([str(tmp_path / "sets"), "--list"])
+    complete = capsys.readouterr().out
+    (tmp_path / "sets" / "wds_tiny_test" / "test" / "1.tar").unlink()
+    prepare_benchmarks.main([str(tmp_path / "sets"), "--list"])
+    assert "complete, 0 MB" in complete and "absent" in complete
+    assert "INCOMPLETE" in capsys.readouterr().out
+
+
+def test_the_list_without_any_folder_shows_all_rows_of_the_paper(capsys):
+    prepare_benchmarks.main(["nowhere", "--list"])
+    out = capsys.readouterr().out
+    assert out.count("absent") == 32 and "vtab-clevr_closest_object_distance" in out
+
+
+def test_an_unknown_set_gets_the_nearest_name():
+    with pytest.raises(ValueError, match="--only=cifar: no such set; did you mean cifar10?"):
+        prepare_benchmarks.main(["nowhere", "--only=cifar"])
+
+
+def write_idx(path, array):
+    head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(gzip.compress(head + array.tobytes()))
+
+
+def test_fashion_mnist_becomes_a_set_with_its_pixels_and_labels(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (12, 28, 28), dtype=np.uint8)
+    labels = np.arange(12, dtype=np.uint8) % 10
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
+    prepare_benchmarks.main(["fashion-mnist", str(tmp_path), str(tmp_path / "sets")])
+    made = benchmarks.BenchmarkSet(tmp_path / "sets" / "wds_fashion_mnist_test")
+    assert made.labels.tolist() == labels.tolist()
+    assert np.array_equal(np.asarray(made.image(11).convert("L")), images[11])
+
+
+def test_a_cut_idx_file_is_named(tmp_path):
+    write_idx(tmp_path / "a.gz", np.zeros((3, 2, 2), np.uint8))
+    content = gzip.decompress((tmp_path / "a.gz").read_bytes())
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1]))
+    with pytest.raises(ValueError, match="11 bytes of data, its head says .3 2 2."):
+        prepare_benchmarks.read_idx(tmp_path / "a.gz")
