@@ -1,36 +1,52 @@
-"""From the bytes of an image file to the pixels a model sees.
+"""From the bytes of an image file to the pixels that a model sees.
 
 The host decodes, crops and resizes to uint8; the device flips, jitters, blurs and normalises a whole
-batch at once.  Evaluation uses `eval_image` (or `squash_image` for triplets) and `normalise`.
+batch at once. Evaluation takes `eval_image` (triplets: `squash_image`) and `normalise`.
 
-B batch, S image side.  Pixels are uint8 0..255 on the host and floats 0..1 inside the device part.
+B batch, S image side. Pixels are uint8 from 0 to 255, inside the device part floats from 0 to 1.
 """
-
 import io
+import math
 import struct
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images, in 0..1 (Radford et al. 2021)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels (arXiv 2103.00020's code)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow knows some forty formats, and for a few of them (EPS) it starts other programs.  Only these
-# are opened, whatever the file's name says.
+# Pillow knows some forty formats, and for a few of them (EPS) starts other programs. These only are
+# opened, whatever a file's name says; a file that begins like one of them is damaged, not foreign.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte in RGB
-MAX_ASPECT = 100  # long side / short side; beyond it a resize of the short side to S fills memory
-# What Pillow's decoders raise on broken bytes, found by damaging files at random (tests/test_images.py)
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError,
-                  struct.error, zlib.error, Image.DecompressionBombError)
-# EXIF orientation -> what undoes it (EXIF 2.3, tag 0x0112); 1 is upright
+MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte as RGB
+MAX_ASPECT = 100  # long side / short side: with the short side at 224 the other is 22,400 already
+# What Pillow raises on damaged bytes, and what 60,000 randomly damaged files made it raise.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error,
+                  zlib.error, Image.DecompressionBombError)
+ORIENTATION = 0x0112  # EXIF tag; its values but 1 (upright), and what undoes them
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
            6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image, in this order. The defaults are plain CLIP's."""
+
+    crop: tuple = (0.9, 1.0)    # random resized crop: share of the area
+    ratio: tuple = (3 / 4, 4 / 3)  # and width / height, log-uniform
+    flip: float = 0.0           # probability of a horizontal flip
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation: 1 +- this; hue: +- turns
+    jitter_p: float = 0.0       # probability of the jitter
+    grey_p: float = 0.0         # probability of greyscale
+    blur_p: float = 0.0         # probability of a Gaussian blur
+    blur_sigma: tuple = (0.1, 2.0)  # pixels, uniform
 
 
 class BadImage(ValueError):
@@ -138,15 +154,164 @@ def _to_tensor(image):
     return pixels.permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
+# ---------------------------------------------------------------- host: training
+
+def train_image(data, size, augmentation, rng):
+    """Bytes -> (3, S, S) uint8: a random crop of the upright image, resized (bicubic, antialiased).
+
+    torch's uint8 resize takes a third of Pillow's time and differs by at most 2 grey levels. Raises
+    BadImage as `decode` does.
+    """
+    image = open_image(data)
+    turned = _orientation(image) >= 5  # on its side until load_rgb
+    width, height = image.size[::-1] if turned else image.size
+    box = crop_box(width, height, augmentation.crop, augmentation.ratio, rng)
+    shrunk = _skip_detail(image, min(box[2] - box[0], box[3] - box[1]) / size)
+    left, top, right, bottom = (round(edge / shrunk) for edge in box)
+    pixels = torch.from_numpy(np.array(load_rgb(image)))              # (H, W, 3), maybe shrunk
+    crop = pixels[top:bottom, left:right].permute(2, 0, 1)[None]      # (1, 3, h, w)
+    return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def crop_box(width, height, area, ratio, rng):
+    """(left, top, right, bottom) of torchvision's RandomResizedCrop, in pixels.
+
+    Ten tries at a share of the area, uniform, and a width / height, log-uniform; a crop that does
+    not fit is drawn again. Then the centre, cut to the nearest ratio allowed.
+    """
+    for _ in range(10):
+        share, shape, x, y = rng.random(4).tolist()
+        pixels = width * height * _between(*area, share)
+        aspect = math.exp(_between(*map(math.log, ratio), shape))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _skip_detail(image, times_too_large):
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where twice the detail needed remains; return 2, 4, 8.
+
+    A decoder that skips the finest coefficients is several times faster on camera pictures. What
+    is left is resized with antialiasing: on 1/f noise the result differs by 0.8 grey levels in the
+    mean (0.2 on drawn shapes); with less than twice the detail, by up to 5 (tests/test_images.py).
+    """
+    shrink = next((s for s in (8, 4, 2) if times_too_large >= 2 * s), 1)
+    if image.format != "JPEG" or shrink == 1:
+        return 1
+    image.draft(None, (image.width // shrink, image.height // shrink))
+    return shrink
+
+
 # ---------------------------------------------------------------- device
 
+# Columns of the drawn parameters (B, 11). Without an operation its column says "nothing".
+FLIP, GREY, SIGMA, BRIGHTNESS, HUE, ORDER, DRAWS = 0, 1, 2, 3, 6, 7, 11
+BLUR_REACH = 11  # 23 taps, as SimCLR has them at 224 pixels; at sigma 2 the rest weighs 1e-8
+
+
+def draw_augmentation(augmentation, rng):
+    """Draw one sample's device parameters -> (11,) float32.
+
+    flip, grey (0 or 1), blur sigma (0: none), factors of brightness, contrast and saturation, hue
+    shift in turns, and the order in which these four are applied (torchvision's ColorJitter).
+    """
+    u = rng.random(13).tolist()  # always as many, so that no probability moves another's draws
+    draws = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    draws[FLIP] = u[0] < augmentation.flip
+    draws[GREY] = u[1] < augmentation.grey_p
+    if u[2] < augmentation.blur_p:
+        draws[SIGMA] = _between(*augmentation.blur_sigma, u[3])
+    if u[4] < augmentation.jitter_p:
+        *reaches, turns = augmentation.jitter
+        draws[BRIGHTNESS:HUE] = [_between(max(0, 1 - reach), 1 + reach, v)
+                                 for reach, v in zip(reaches, u[5:8])]
+        draws[HUE] = _between(-turns, turns, u[8])
+    return np.array(draws + sorted(range(4), key=u[9:].__getitem__), np.float32)
+
+
+def _between(low, high, share):
+    return low + share * (high - low)
+
+
+def augment_batch(images, draws, augmentation=None):
+    """Flip, jitter, grey, blur and normalise: uint8 (B, 3, S, S), draws (B, 11) -> float32.
+
+    Runs where images lie, as one batch without waiting for the device, and compiles. Operations
+    that `augmentation` never uses are left out; None: all may occur.
+    """
+    pixels = images.float() / 255
+    if augmentation is None or augmentation.flip:
+        pixels = torch.where(_column(draws, FLIP) > 0, pixels.flip(-1), pixels)
+    if augmentation is None or augmentation.jitter_p and any(augmentation.jitter):
+        pixels = _jitter(pixels, draws)
+    if augmentation is None or augmentation.grey_p:
+        pixels = torch.where(_column(draws, GREY) > 0, _grey(pixels), pixels)
+    if augmentation is None or augmentation.blur_p:
+        pixels = torch.where(_column(draws, SIGMA) > 0, _blur(pixels, draws[:, SIGMA]), pixels)
+    return _standardise(pixels)
+
+
 def normalise(images):
-    """uint8 (B, 3, S, S) -> float32 of the same shape, with CLIP's mean and standard deviation."""
+    """uint8 (B, 3, S, S) -> float32 of the same shape, by CLIP's mean and standard deviation."""
     return _standardise(images.float() / 255)
 
 
-def _standardise(pixels):
-    # built on the host and moved without waiting: inside a compiled function they are constants
-    mean = torch.tensor(MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
+def _standardise(pixels):  # numbers instead of a tensor of three: no copy to the device, no wait
+    return torch.cat([(pixels[:, c:c + 1] - MEAN[c]) / STD[c] for c in range(3)], 1)
+
+
+def _column(draws, index):
+    return draws[:, index].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
+
+
+def _grey(pixels):  # ITU-R 601-2 luma, as Pillow and torchvision have it
+    red, green, blue = pixels.split(1, 1)                             # (B, 1, S, S) each
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _jitter(pixels, draws):
+    """Brightness (0), contrast (1), saturation (2) and hue (3) in each sample's own order.
+
+    The first three are one formula, a blend with black, with the mean grey, with the pixel's grey;
+    so a slot computes one blend and one hue shift, and each sample takes what its order says.
+    """
+    for slot in range(ORDER, DRAWS):
+        which = _column(draws, slot)
+        factor = _column(draws.gather(1, draws[:, slot:slot + 1].long() + BRIGHTNESS), 0)
+        grey = _grey(pixels)                                          # (B, 1, S, S)
+        other = torch.where(which == 1, grey.mean((2, 3), keepdim=True), grey)
+        other = torch.where(which == 0, 0, other)
+        blend = (factor * pixels + (1 - factor) * other).clamp(0, 1)
+        pixels = torch.where(which == 3, _shift_hue(pixels, factor), blend)
+    return pixels
+
+
+def _shift_hue(pixels, turns):
+    """Turn the hue (HSV) of (B, 3, S, S) by (B, 1, 1, 1) turns."""
+    red, green, blue = pixels.split(1, 1)                             # (B, 1, S, S) each
+    value = pixels.amax(1, keepdim=True)
+    spread = value - pixels.amin(1, keepdim=True)
+    safe = torch.where(spread == 0, 1, spread)  # grey has no hue, and any will do
+    sixths = torch.where(value == red, (green - blue) / safe, torch.where(
+        value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) + 6 * turns
+    # back: on the circle of six sixths a channel is at `value` for two, falls and rises for one each
+    away = [(n + sixths).remainder(6) for n in (5, 3, 1)]             # red, green, blue
+    return torch.cat([value - spread * torch.minimum(k, 4 - k).clamp(0, 1) for k in away], 1)
+
+
+def _blur(pixels, sigma):
+    """Gaussian blur of (B, 3, S, S) with (B,) sigmas in pixels, reflected at the borders."""
+    B, _, S, _ = pixels.shape
+    reach = min(BLUR_REACH, S - 1)
+    steps = torch.arange(-reach, reach + 1, device=pixels.device)
+    taps = torch.softmax(-0.5 * (steps / sigma.clamp(min=0.05)[:, None])**2, 1)    # (B, T)
+    taps = taps[:, None].expand(B, 3, -1).reshape(3 * B, 1, -1, 1)                 # (3B, 1, T, 1)
+    planes = F.pad(pixels, (reach,) * 4, mode="reflect").flatten(0, 1)[None]       # (1, 3B, ., .)
+    for kernel in (taps, taps.transpose(2, 3)):  # down, then across
+        planes = F.conv2d(planes, kernel, groups=3 * B)
+    return planes.reshape(B, 3, S, S)

@@ -266,7 +266,8 @@ def index_shards(folder, tokenizer=None):
             return old["samples"]
         index = _build(folder, shards, tokenizer, old)
     print(f"indexed {folder}: {index['samples']:,} pairs, {index['captions']:,} captions, "
-          f"{len(shards)} shards, fingerprint {index['fingerprint']}\n{report(index['problems'])}")
+          f"{len(shards)} shards, fingerprint {index['fingerprint']}", *report(index["problems"]),
+          sep="\n", flush=True)
     return index["samples"]
 
 
@@ -436,10 +437,9 @@ def _token_files(fingerprint):
 
 def report(problems):
     """A line for each reason: how often, what became of the samples, and the first names."""
-    return "\n".join(
-        f"  {entry['count']:,} x {reason} ({'kept' if reason in MENDED else 'left out'}): "
-        f"{', '.join(entry['examples'])}{', ...' if entry['count'] > EXAMPLES else ''}"
-        for reason, entry in sorted(problems.items(), key=lambda item: -item[1]["count"]))
+    return [f"  {entry['count']:,} x {reason} ({'kept' if reason in MENDED else 'left out'}): "
+            f"{', '.join(entry['examples'])}{', ...' if entry['count'] > EXAMPLES else ''}"
+            for reason, entry in sorted(problems.items(), key=lambda item: -item[1]["count"])]
 
 
 # ---------------------------------------------------------------- random access
@@ -465,8 +465,8 @@ class Shards:
                                         f"{tokenizer.fingerprint}; run index_shards again")
             self._ids, self._starts = map(self._map, _token_files(tokenizer.fingerprint))
 
-    def _map(self, name):
-        return np.load(self.folder / "index" / f"{name}.npy", mmap_mode="r")
+    def _map(self, name):  # as a plain array: np.memmap's own indexing takes 2 us more
+        return np.asarray(np.load(self.folder / "index" / f"{name}.npy", mmap_mode="r"))
 
     def __reduce__(self):  # pickling a memory map would copy the whole array
         return type(self), self._arguments
@@ -541,8 +541,8 @@ def check_shards(folder):
         _add_problems(problems, some)
         progress.add(size / 1e9)
     bad = sum(entry["count"] for entry in problems.values())
-    print(f"checked {folder}: {pairs:,} good pairs in {len(sizes)} shards, {bad:,} problems")
-    print(report(problems), end="\n" if problems else "")
+    print(f"checked {folder}: {pairs:,} good pairs in {len(sizes)} shards, {bad:,} problems",
+          *report(problems), sep="\n")
     return problems
 
 
