@@ -16,7 +16,6 @@ import io
 import os
 import re
 import shutil
-import tarfile
 import time
 import typing
 
@@ -27,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.images import DECODER_ERRORS, BadImage, eval_image, normalise, open_image
 from data.progress import Progress
-from data.shards import write_tar
+from data.shards import BrokenTar, tar_members, write_tar
+from data.triplets import two_afc
 
 # ------------------------------------------------------------------------------ the table of rows
 
@@ -238,21 +238,21 @@ class BenchmarkSet(Dataset):
         """Yield ((path, offset, size) of the image, name, label, label's bytes) of each sample."""
         for path in self._shards():
             key, parts = None, {}
-            for member, content in read_members(path, "." + _LABEL_TYPE[self.type]):
-                name, _, extension = os.path.basename(member.name).partition(".")
-                if name != key and key is not None:
+            for name, place, content in read_members(path, "." + _LABEL_TYPE[self.type]):
+                stem, _, extension = name.partition(".")
+                if stem != key and key is not None:
                     yield self._sample(path, key, parts)
-                if name != key:
-                    key, parts = name, {}
+                if stem != key:
+                    key, parts = stem, {}
                 extension = extension.lower()
                 if extension in parts:
                     raise ValueError(f"{path}: {key}.{extension} is there twice")
-                parts[extension] = (member, content)
+                parts[extension] = (place, content)
             if key is not None:
                 yield self._sample(path, key, parts)
 
     def _sample(self, path, key, parts):
-        """Put one sample together from its members {extension: (member, bytes)}."""
+        """Put one sample together from its members {extension: (place, bytes)}."""
         images = [extension for extension in parts if extension in _IMAGE_TYPES]
         if len(images) != 1:
             raise ValueError(f"{path}: {key} has {len(images)} images ({', '.join(parts)}), "
@@ -260,12 +260,11 @@ class BenchmarkSet(Dataset):
         kind = _LABEL_TYPE[self.type]
         if kind not in parts:
             raise ValueError(f"{path}: {key}.{kind} is missing (only {', '.join(parts)})")
-        member, raw = parts[images[0]][0], parts[kind][1]
+        place, raw = parts[images[0]][0], parts[kind][1]
         try:
             label = self._label(kind, raw)
         except ValueError as error:
             raise ValueError(f"{path}: {key}.{kind}: {error}") from None
-        place = path, member.offset_data, member.size
         return place, f"{key}.{images[0]}", label, raw
 
     def _label(self, kind, raw):
@@ -291,24 +290,25 @@ class BenchmarkSet(Dataset):
 
 
 def read_members(path, suffix):
-    """Yield (TarInfo, bytes, or None unless the name ends in `suffix`) of each file of a tar.
+    """Yield (file name, (path, offset, size), bytes if the name ends in `suffix`, else None).
 
-    Stricter than tarfile, which takes a damaged header for the end of the archive.
+    In the tar's order. Raises ValueError for a shard that is damaged or ends early, also where it
+    was cut between two members: a whole archive ends in a block of zeros.
     """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isfile():
-                    raise ValueError(f"{path}: {member.name} is a link, not a file")
-                wanted = member.name.lower().endswith(suffix)
-                yield member, tar.extractfile(member).read() if wanted else None
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # a whole archive ends in blocks of zeros
-                raise ValueError(f"{path}: broken after {tar.offset} bytes; fetch the shard again")
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: broken shard ({error}); fetch it again") from None
+        for name, offset, size in tar_members(descriptor):
+            name = os.path.basename(name.decode(errors="replace"))
+            wanted = name.lower().endswith(suffix)
+            yield name, (path, offset, size), os.pread(descriptor, size, offset) if wanted else None
+        end = os.pread(descriptor, 512, max(0, os.fstat(descriptor).st_size - 512))
+        if end != bytes(512):
+            raise ValueError(f"{path}: broken shard, its end is missing; fetch it again")
+    except BrokenTar as error:
+        where = error.name.decode(errors="replace") or "a damaged header"
+        raise ValueError(f"{path}: broken shard, at {where}; fetch it again") from None
+    finally:
+        os.close(descriptor)
 
 
 def write_set(folder, name, classnames, templates, samples, family=None,
@@ -451,8 +451,11 @@ def retrieve(images, captions, image_of):
 # ------------------------------------------------------------------------------ embedding passes
 
 
-class _Pixels(Dataset):
-    """Preprocessed images of a set; an error travels as text, since workers garble exceptions."""
+class Pixels(Dataset):
+    """Preprocessed images for `embed`; an error travels as text: workers garble exceptions.
+
+    benchmark: anything with a length and image(i) -> Pillow RGB.  size: S.
+    """
 
     def __init__(self, benchmark, size):
         self.benchmark, self.size = benchmark, size
@@ -555,7 +558,7 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, dtype="floa
     texts = benchmark.captions or [prompt for row in benchmark.prompts() for prompt in row]
     cache = {} if prompts is None else prompts
     text_embeddings = embed_texts(clip, tokenizer, texts, cache, **how)  # (m,E) or (C*T,E)
-    images = embed(clip.encode_image, _Pixels(benchmark, clip.config.image_size),
+    images = embed(clip.encode_image, Pixels(benchmark, clip.config.image_size),
                    batch_size=batch_size, workers=workers, **how)  # (n,E)
     if benchmark.type == "retrieval":
         metrics, hits = retrieve(images, text_embeddings, benchmark.labels)
@@ -571,3 +574,42 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, dtype="floa
             "templates": len(benchmark.templates), "captions": len(benchmark.captions),
             "partial": bool(unlike_row(benchmark)),
             **benchmark.fingerprints, "seconds": round(time.time() - start, 2), "hits": hits}
+
+
+class _TripletPixels(Dataset):
+    """Triplets as items of `embed`: an index is a triplet, that is three images."""
+
+    def __init__(self, triplets, size):
+        self.triplets, self.size = triplets, size
+
+    def __len__(self):
+        return len(self.triplets)
+
+    def __getitems__(self, rows):
+        try:
+            return self.triplets.load(self.size, rows).flatten(0, 1)  # (b,3,3,S,S) -> (3b,3,S,S)
+        except ValueError as error:
+            return str(error)
+
+
+def evaluate_triplets(encode, triplets, size, device, batch_size=256, workers=0, dtype="float32",
+                      ranks=None, label=""):
+    """2AFC of an image tower on triplets: {"nights": task} as evaluate_set has it.
+
+    encode: (b,3,S,S) -> (b,E) unit.  Where the file tells ImageNet's triplets apart, also
+    "nights-imagenet" and "nights-no-imagenet".  Ties count half.
+    """
+    start = time.time()
+    embeddings = embed(encode, _TripletPixels(triplets, size), device, max(1, batch_size // 3),
+                       workers, dtype, ranks, label).unflatten(0, (-1, 3))  # (3n,E) -> (n,3,E)
+    scores = two_afc(*embeddings.unbind(1), torch.from_numpy(triplets.labels)).numpy()  # (n,)
+    parts = {"nights": np.ones(len(scores), bool)}
+    if triplets.is_imagenet is not None:
+        parts |= {"nights-imagenet": triplets.is_imagenet,
+                  "nights-no-imagenet": ~triplets.is_imagenet}
+    return {name: {"metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
+                   "family": "nights", "part_of": None if name == "nights" else "nights",
+                   "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
+                   "captions": 0, "samples_sha256": triplets.fingerprint,
+                   "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
+            for name, part in parts.items() if part.any()}

@@ -11,6 +11,7 @@ the first arm. Intervals are 95 %. Letters: n samples, u units drawn anew, B boo
 import json
 import math
 import os
+import textwrap
 import zlib
 from collections import Counter
 
@@ -43,9 +44,13 @@ def write_result(path, result, hits):
 
 def write_json(path, content):
     """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(text)
     os.replace(f"{path}.tmp", path)
 
 
@@ -174,25 +179,28 @@ def compare(arms, rows=()):
     """All that is said about arms, as one JSON-able dict; deltas are to the first arm.
 
     rows: the Rows of the chosen list, in whose order sets are shown and of which K are counted.
-    Sets are compared where every arm and seed has them; ValueError if texts or samples differ.
+    A set is compared if all arms have it that have any of its type (stage 1 has 2AFC only), in
+    every seed. ValueError where their class names, templates or samples differ.
     """
-    results = [result for arm in arms for result, _ in arm["runs"]]
-    every = {name: task for result in results for name, task in result["tasks"].items()}
-    shared = [name for name in _ordered(every, rows) if all(name in r["tasks"] for r in results)]
-    for name in shared:
-        _same_test(name, results)
-    sets, draws = {}, {}
-    for name in shared:
-        sets[name], draws[name] = _compare_set(name, arms)
-    partly = [name for name in every if name not in shared]
+    every = {name: task for arm in arms for result, _ in arm["runs"]
+             for name, task in result["tasks"].items()}
     if not any(row.sets[0] in every for row in rows):
-        rows = ()  # none of the list is here: its families would be all gaps
-    families = _compare_families(sets, draws, arms, rows)
+        rows = ()  # none of the list is here: its table would be all gaps
+    sets, draws, partly = {}, {}, []
+    for name in _ordered(every, rows):
+        having = [arm for arm in arms if any(task["type"] == every[name]["type"] for result, _
+                                             in arm["runs"] for task in result["tasks"].values())]
+        runs = [result for arm in having for result, _ in arm["runs"]]
+        if all(name in result["tasks"] for result in runs):
+            _same_test(name, runs)
+            sets[name], draws[name] = _compare_set(name, having, arms[0])
+        else:
+            partly.append(name)
     return {"format": "perceptual-clip comparison 1", "baseline": arms[0]["name"],
             "arms": {arm["name"]: [_origin(result) for result, _ in arm["runs"]] for arm in arms},
-            "sets": sets, "families": families, "counts": _count_wins(sets, arms),
-            "missing": [row.sets[0] for row in rows if row.sets[0] not in every],
-            "not_in_every_run": partly, "draws": DRAWS,
+            "sets": sets, "families": _compare_families(sets, draws, arms, rows),
+            "counts": _count_wins(sets, arms), "list": [row.sets[0] for row in rows],
+            "not_in_every_run": partly, "bootstrap_draws": DRAWS,
             "caveats": [SAMPLES_CAVEAT, SEEDS_CAVEAT, SIGN_CAVEAT]}
 
 
@@ -210,88 +218,82 @@ def _ordered(tasks, rows):
                                            tasks[name]["family"], name))
 
 
-def _same_test(name, results):
+def _same_test(name, runs):
     """Refuse to compare runs that did not face the same names, templates and samples."""
     kinds = {"classnames_sha256": "class names", "templates_sha256": "templates",
              "samples_sha256": "samples"}
     for key, what in kinds.items():
-        first = results[0]
-        for other in results[1:]:
-            if other["tasks"][name].get(key) != first["tasks"][name].get(key):
-                raise ValueError(f"{name}: {first['run']} and {other['run']} had different {what}, "
-                                 "so they cannot be compared; evaluate both on the same folder")
+        for other in runs[1:]:
+            if other["tasks"][name].get(key) != runs[0]["tasks"][name].get(key):
+                raise ValueError(f"{name}: {runs[0]['run']} and {other['run']} had different "
+                                 f"{what}, so they cannot be compared; evaluate both on one folder")
 
 
-def _compare_set(name, arms):
-    """One set: values and deltas of each arm; and the bootstrap draws of its main metric."""
+def _compare_set(name, arms, base):
+    """One set: values and deltas of the arms that have it; bootstrap draws of its main metric."""
     task = arms[0]["runs"][0][0]["tasks"][name]
     record = {key: task.get(key) for key in ("family", "type", "main", "n", "classes", "templates",
                                              "captions", "partial", "part_of")}
     record["arms"], main_draws = {}, {}
-    per_seed = {arm["name"]: [result["tasks"][name]["metrics"] for result, _ in arm["runs"]]
-                for arm in arms}
-    hits = {arm["name"]: [run_hits.get(name, {}) for _, run_hits in arm["runs"]] for arm in arms}
-    base = arms[0]["name"]
+    hits = {arm["name"]: [found.get(name, {}) for _, found in arm["runs"]] for arm in arms}
     for arm in arms:
         record["arms"][arm["name"]] = values = {}
         for metric in (key for key, value in task["metrics"].items() if value is not None):
-            here = [metrics[metric] for metrics in per_seed[arm["name"]]]
+            here = _by_seed(arm, name, metric)
             values[metric] = seed_statistics(here)
-            if arm is arms[0]:
+            if arm is base or base not in arms:
                 continue
-            there = [metrics[metric] for metrics in per_seed[base]]
-            drawn = paired_draws(hits[base], hits[arm["name"]], metric, name)
-            values[metric].update(_delta(there, here, drawn, _paired(arms[0], arm)))
+            drawn = paired_draws(hits[base["name"]], hits[arm["name"]], metric, name)
+            values[metric].update(_delta(_by_seed(base, name, metric), here, drawn, base, arm))
             if metric == task["main"]:
                 main_draws[arm["name"]] = drawn
     return record, main_draws
 
 
-def _paired(arm_a, arm_b):
-    """Whether both arms have the same distinct seeds in the same order."""
-    seeds = [[result.get("seed") for result, _ in arm["runs"]] for arm in (arm_a, arm_b)]
-    return seeds[0] == seeds[1] and None not in seeds[0] and len(set(seeds[0])) == len(seeds[0])
+def _by_seed(arm, name, metric):
+    return [result["tasks"][name]["metrics"][metric] for result, _ in arm["runs"]]
 
 
-def _delta(there, here, drawn, paired):
+def _delta(there, here, drawn, base, arm):
+    """Difference of an arm to the baseline with both kinds of interval; one value a seed each."""
+    seeds, base_seeds = ([result["seed"] for result, _ in a["runs"]] for a in (arm, base))
+    paired = seeds == base_seeds and None not in seeds and len(set(seeds)) == len(seeds)
     return {"delta": float(np.mean(here) - np.mean(there)),
             "delta_interval": None if drawn is None else interval(drawn),
             "delta_seed_interval": seed_interval(there, here, paired)}
 
 
 def _compare_families(sets, draws, arms, rows):
-    """Means of the main metric over each family and over all classification sets, k of K."""
-    members = {}
+    """Means of the main metric over each family, and over all classification sets: k of K.
+
+    With a list, its families and the mean of all are over the sets of the list alone.
+    """
+    listed, of = {row.sets[0] for row in rows}, Counter(row.family for row in rows)
+    whole = "all classification"
+    of[whole] = sum(row.main != "mean_recall@1" for row in rows)
+    members = {family: [] for family, count in of.items() if count}
     for name, record in sets.items():
-        if not record["part_of"]:  # the halves of NIGHTS are in its total already
-            members.setdefault(record["family"], []).append(name)
-    classification = [name for name, record in sets.items()
-                      if record["type"] in ("classification", "multilabel")]
-    members["all classification"] = classification
-    of = Counter(row.family for row in rows)
-    of["all classification"] = sum(count for family, count in of.items() if family != "retrieval")
-    listed = {row.sets[0] for row in rows}
-    means = {}
-    for family in [*of, *(family for family in members if family not in of)]:
-        names = members.get(family, [])
-        more = sum(name not in listed for name in names)  # sets of your own in a row's family
-        means[family] = {"k": len(names), "K": of[family] + more, "sets": names,
-                         "arms": _family_arms(names, sets, draws, arms) if names else {}}
-    return means
+        if name in listed or record["family"] not in of and not record["part_of"]:
+            members.setdefault(record["family"], []).append(name)  # NIGHTS' halves are in its total
+        if (name in listed or not listed) and record["type"] == "classification":
+            members.setdefault(whole, []).append(name)
+    return {family: {"k": len(names), "K": of[family] or len(names), "sets": names,
+                     "arms": _family_arms(names, sets, draws, arms)}
+            for family, names in sorted(members.items(), key=lambda item: item[0] == whole)}
 
 
 def _family_arms(names, sets, draws, arms):
+    """Values and deltas of the mean over sets, for the arms that have them."""
     def by_seed(arm):
-        return [float(np.mean([result["tasks"][name]["metrics"][sets[name]["main"]]
-                               for name in names])) for result, _ in arm["runs"]]
+        return np.mean([_by_seed(arm, name, sets[name]["main"]) for name in names], axis=0).tolist()
+    having = [arm for arm in arms if names and arm["name"] in sets[names[0]]["arms"]]
     values = {}
-    for arm in arms:
+    for arm in having:
         values[arm["name"]] = seed_statistics(by_seed(arm))
-        if arm is not arms[0]:
+        if arm is not arms[0] and arms[0] in having:
             parts = [draws[name][arm["name"]] for name in names]
             drawn = None if any(part is None for part in parts) else np.mean(parts, axis=0)
-            values[arm["name"]].update(_delta(by_seed(arms[0]), by_seed(arm), drawn,
-                                              _paired(arms[0], arm)))
+            values[arm["name"]].update(_delta(by_seed(arms[0]), by_seed(arm), drawn, arms[0], arm))
     return values
 
 
@@ -305,11 +307,10 @@ def _count_wins(sets, arms):
     for arm in arms[1:]:
         counts[arm["name"]] = {}
         for kind, metrics in kinds.items():
-            found = [record["arms"][arm["name"]][metric] for record in sets.values()
-                     if record["type"] != "2afc"
-                     for metric in metrics or (record["main"],)
-                     if metric in record["arms"][arm["name"]]]
-            counts[arm["name"]][kind] = _tally(found)
+            found = [record["arms"].get(arm["name"], {}).get(metric, {})
+                     for record in sets.values() if record["type"] != "2afc"
+                     for metric in metrics or (record["main"],)]
+            counts[arm["name"]][kind] = _tally([value for value in found if "delta" in value])
     return counts
 
 
@@ -340,28 +341,30 @@ _SHORT = {"mean_per_class_recall": "mpcr", "mean_average_precision": "mAP", "mea
 
 
 def markdown(comparison, rows=()):
-    """The comparison as Markdown that can be pasted: sets, family means, wins, caveats. In %."""
+    """The comparison as Markdown that can be pasted: sets, family means, wins, caveats. In %.
+
+    rows: the list's; if any of them is there, all are shown, with what is published beside them.
+    """
     arms, sets = list(comparison["arms"]), comparison["sets"]
-    published = any(row.sets[0] in sets for row in rows)
-    header = ["set", "family", "n", "metric", *arms]
-    if published:
-        header.append("OpenAI B/32")  # what CLIP_benchmark published: check the evaluator with it
-    row_of = {row.sets[0]: row for row in rows}
-    missing = set(comparison["missing"]) if published else set()
+    rows = {row.sets[0]: row for row in rows} if comparison["list"] else {}
+    header = ["set", "family", "n", "metric", *arms, *["OpenAI B/32"] * bool(rows)]
     lines = []
-    for name in _shown(sets, rows, missing):
-        row, record = row_of.get(name), sets.get(name)
+    for name in dict.fromkeys([*rows, *sets]):
+        record = sets.get(name)
         if record is None:
-            cells = [name, row.family, "", "", *["missing"] * len(arms)]
+            cells = [name, rows[name].family, "", "", *["missing"] * len(arms)]
         else:
-            cells = [name + " (partial)" * bool(record["partial"]), record["family"], record["n"],
-                     _SHORT.get(record["main"], record["main"])]
-            cells += [_cell(record["arms"][arm][record["main"]]) for arm in arms]
-        lines.append(cells + [_published(row)] * published)
+            main = record["main"]
+            cells = [name + " (partial)" * bool(record["partial"]), record["family"],
+                     f"{record['n']:,}", _SHORT.get(main, main)]
+            cells += [_cell(record["arms"].get(arm, {}).get(main)) for arm in arms]
+        lines.append(cells + [_published(rows.get(name))] * bool(rows))
     text = [table(header, lines), "", _family_table(comparison, arms)]
-    if len(arms) > 1:
-        text += ["", f"Deltas in points, to {comparison['baseline']}.", "",
+    if any(count["compared"] for kinds in comparison["counts"].values()
+           for count in kinds.values()):
+        text += ["", f"Differences are to {comparison['baseline']}, in points.", "",
                  _count_table(comparison)]
+    if len(arms) > 1:
         several = any(len(runs) > 1 for runs in comparison["arms"].values())
         text += ["", SAMPLES_CAVEAT, *[SEEDS_CAVEAT] * several, SIGN_CAVEAT]
     if comparison["not_in_every_run"]:
@@ -370,14 +373,10 @@ def markdown(comparison, rows=()):
     return "\n".join(text) + "\n"
 
 
-def _shown(sets, rows, missing):
-    """Rows in the list's order, missing ones in their place; then the other sets."""
-    listed = [row.sets[0] for row in rows if row.sets[0] in sets or row.sets[0] in missing]
-    return listed + [name for name in sets if name not in listed]
-
-
 def _cell(value):
     """A value, with its spread over seeds, and its delta with intervals, in % and points."""
+    if value is None:
+        return "-"
     text = f"{100 * value['mean']:.1f}"
     if value["sd"] is not None:
         text += f" ± {100 * value['sd']:.1f}"
@@ -403,7 +402,7 @@ def _published(row):
 def _family_table(comparison, arms):
     lines = []
     for family, mean in comparison["families"].items():
-        cells = [_cell(mean["arms"][arm]) if mean["arms"] else "missing" for arm in arms]
+        cells = [_cell(mean["arms"].get(arm)) if mean["k"] else "missing" for arm in arms]
         lines.append([family, f"{mean['k']} of {mean['K']}", *cells])
     return table(["mean of main metrics", "sets", *arms], lines)
 
@@ -484,7 +483,7 @@ def scaling(arms):
             groups[name] = [name]
             if not task.get("part_of"):
                 groups.setdefault(f"mean of {task['family']}", []).append(name)
-            if task["type"] in ("classification", "multilabel"):
+            if task["type"] == "classification":
                 groups.setdefault("mean of all classification", []).append(name)
     curves = {group: _curves(names, arms) for group, names in sorted(groups.items())}
     return {"format": "perceptual-clip scaling 1", "baseline": arms[0]["name"],
@@ -511,3 +510,39 @@ def _curves(names, arms):
         reached = samples_to_reach([(p["samples"], p["mean"]) for p in curve["points"]], final)
         curve["samples_to_baseline"] = reached
     return curves
+
+
+def draw_scaling(scaling, path):
+    """The curves of `scaling` as a PNG: a panel for each mean over sets, the caveat below."""
+    import matplotlib  # optional: the caller says what to install
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = [group for group in scaling["curves"] if group.startswith("mean of")]
+    columns = max(1, min(3, len(groups)))
+    rows = max(1, -(-len(groups) // columns))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows + 0.6),
+                                   squeeze=False, layout="constrained")
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for group, axis in zip(groups, axes.flat):
+        for color, (arm, curve) in enumerate(scaling["curves"][group].items()):
+            _draw_curve(axis, arm, curve, f"C{color}")
+        axis.set(title=group, xscale="log", xlabel="samples seen", ylabel="main metric, %")
+        axis.legend(fontsize=7)
+    figure.supxlabel("\n".join(textwrap.wrap(scaling["caveat"], 60 * columns)), fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_curve(axis, arm, curve, color):
+    """One arm: its points with the deviation over seeds, and its power law dashed."""
+    points, fit = curve["points"], curve["fit"]
+    if fit and fit["interval"]:
+        low, high = fit["interval"]
+        arm += f": exponent {fit['exponent']:.3f} [{low:.3f}, {high:.3f}]"
+        ends = np.array([curve["fitted"][0], curve["fitted"][-1]], float)
+        axis.plot(ends, 100 * fit["factor"] * ends ** fit["exponent"], "--", color=color)
+    axis.errorbar([point["samples"] for point in points], [100 * point["mean"] for point in points],
+                  yerr=[100 * (point["sd"] or 0) for point in points], color=color, label=arm,
+                  marker="o", markersize=4, linewidth=1)
