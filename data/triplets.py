@@ -5,19 +5,31 @@ Reads NIGHTS as published (a folder with data.csv) and any CSV with the columns
     ref,left,right,label[,split][,votes][,id]     label: 0 = left is nearer, 1 = right is nearer
 
 whose paths are relative to the CSV's folder and stay inside it: a file made elsewhere can then name
-nothing else of your disk, and the folder can move. Without a `split` column, anchors (the distinct
-`ref`) are dealt out 80/10/10 to train, val and test, so that no anchor is in two of them.
+nothing else of your disk, and the folder can move. Two commands write that CSV from other sources:
+
+    python -m data.triplets things TRIPLETS.csv IMAGES.txt OUT.csv    anchor_idx,positive_idx,...
+    python -m data.triplets rdm MATRIX.npy IMAGES.txt OUT.csv         mined from dissimilarities
+
+IMAGES.txt has a path a line, relative to OUT.csv's folder; line 1 is image 0. Without a `split`
+column, anchors (the distinct `ref`) are dealt out 80/10/10 to train, val and test, so that no
+anchor is in two of them.
 """
 import csv
 import hashlib
+import math
 import os
 import pathlib
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from configs import load_config, run_main
 from data import images
+from data.pairs import epoch_order
 
 SPLITS = ("train", "val", "test")
 # What a triplet needs -> the column that has it, in the two kinds of file.
@@ -49,7 +61,7 @@ class Triplets:
             raise ValueError(f"fraction and shuffle_votes are for split 'train', not {split!r}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction}: must be above 0 and at most 1")
-        self.file = csv_file(path)
+        self.file, self.split = csv_file(path), split
         rows = [row for row in read_rows(self.file)
                 if row["split"] == split and row["votes"] >= min_votes]
         if not rows:
@@ -105,31 +117,52 @@ class Triplets:
         self._decode(pixels, distinct)
         return torch.from_numpy(pixels[place.reshape(index.shape)])          # (n,3,3,S,S)
 
-    def keep(self, size, folder=None):
+    def batch(self, step, config):
+        """Batch `step` of a run: samples (B,3) int64, images (B,3,3,S,S) uint8, labels (B,).
+
+        It depends on config's seed, batch_size and image_size only. samples: 3 * row + 0, 1, 2. The
+        last partial batch of an epoch is dropped; the next epoch has its own permutation.
+        """
+        epoch, place = divmod(step, len(self) // config.batch_size)
+        order = epoch_order(config.seed, epoch, len(self)).astype(np.int64)
+        rows = order[place * config.batch_size:(place + 1) * config.batch_size]          # (B,)
+        samples = torch.from_numpy(3 * rows[:, None] + np.arange(3))
+        return samples, self.load(config.image_size, rows), torch.from_numpy(self.labels[rows])
+
+    def keep(self, size):
         """Decode every image of the split once into one mapped file; load() then reads from it.
 
         NIGHTS at 224: 17,444 triplets x 3 images x 150,528 bytes = 7.9 GB, of which train 6.3. The
         system holds what fits in memory and reads the rest from disk: one way for both cases. The
         file is built under a temporary name; its own name carries a hash of paths, sizes and times,
         so changed images are decoded anew, and arms that differ in fraction or votes share it.
-        folder: where it lies, default index/ beside the CSV. It can be deleted at any time.
+        The file lies in index/ beside the CSV and can be deleted at any time.
         """
-        folder = pathlib.Path(folder or self.file.parent / "index")
-        target = folder / f"images_{size}_{self.kept_key}.npy"
+        target = self.file.parent / "index" / f"images_{size}_{self.kept_key}.npy"
         if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{target.name}.{os.getpid()}.tmp"
-            print(f"decoding {len(self.files):,} images once into {target} "
-                  f"({len(self.files) * 3 * size * size / 1e9:.1f} GB)", flush=True)
-            try:
-                pixels = np.lib.format.open_memmap(partial, "w+", np.uint8,
-                                                   (len(self.files), 3, size, size))
-                self._decode(pixels, range(len(self.files)))
-                pixels.flush()
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
+            self._build(target, (len(self.files), 3, size, size))
         self.kept = np.load(target, mmap_mode="r")                                       # (m,3,S,S)
+
+    def _build(self, target, shape):
+        """Decode all images of the split into `target`, whole or not at all."""
+        need = math.prod(shape)
+        print(f"decoding {shape[0]:,} images once into {target} ({need / 1e9:.2f} GB)", flush=True)
+        try:
+            target.parent.mkdir(exist_ok=True)
+            free = shutil.disk_usage(target.parent).free
+            if free < need:  # a mapped file would only find out by a fatal signal
+                raise OSError(f"{free / 1e9:.2f} GB are free, {need / 1e9:.2f} are needed")
+            partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        except OSError as error:
+            raise ValueError(f"{target.parent}: decoded images cannot be kept there ({error}); "
+                             "make room, or link its entries into a folder of your own") from None
+        try:
+            self._decode(pixels, range(shape[0]))
+            pixels.flush()
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _decode(self, out, which):
         """Fill out (len(which),3,S,S) uint8; Pillow frees the lock: 2 threads are 1.9x as fast."""
@@ -143,6 +176,21 @@ class Triplets:
             out[slot] = images.squash_image(picture, out.shape[-1]).numpy()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(one, range(len(which)), which))
+
+
+@torch.no_grad()
+def embed_triplets(encode, triplets, size, device, batch_size=256):
+    """Unit float32 embeddings of a split: ref, left, right, each (n,E) on the host.
+
+    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size. Of batch_size triplets at once.
+    """
+    found = []
+    for start in range(0, len(triplets), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(triplets)))
+        pixels = triplets.load(size, rows).to(device).flatten(0, 1)          # (3b,3,S,S)
+        embeddings = F.normalize(encode(images.normalise(pixels)).float(), dim=-1)
+        found.append(embeddings.cpu().unflatten(0, (-1, 3)))                 # (b,3,E)
+    return torch.cat(found).unbind(1)
 
 
 def two_afc(ref, left, right, labels):
@@ -176,41 +224,48 @@ def csv_file(path):
 
 def read_rows(file):
     """Every judgement of a CSV as a dict: number, ref, left, right, label, split, votes, ..."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            header, *table = list(csv.reader(lines)) or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: not a readable CSV in UTF-8: {error}") from None
+    header, table = _table_of(file)
     names = _columns(file, header)
     rows, seen = [], {}
-    for number, cells in enumerate(table, 2):
-        if not cells:  # a blank line
-            continue
-        if len(cells) != len(header):
-            raise ValueError(f"{file}, row {number}: {len(cells)} cells, the header has "
-                             f"{len(header)} columns")
+    for number, cells in table:
         try:
-            row = _judgement({key: cells[header.index(name)] for key, name in names.items()},
-                             names, seen, number)
+            rows.append(_judgement({key: cells[name] for key, name in names.items()}, names, seen,
+                                   number))
         except ValueError as error:
             raise ValueError(f"{file}, row {number}, {error}") from None
-        rows.append(row)
     if "split" not in names:
         for row, split in zip(rows, split_anchors([row["ref"] for row in rows], seed=0)):
             row["split"] = split
     return rows
 
 
+def _table_of(file):
+    """Header, and [(row number, {column: cell})] without blank lines."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            header, *table = list(csv.reader(lines)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: not a readable CSV in UTF-8: {error}") from None
+    for number, cells in enumerate(table, 2):
+        if cells and len(cells) != len(header):
+            raise ValueError(f"{file}, row {number}, column {min(len(cells), len(header)) + 1}: "
+                             f"{len(cells)} cells where the header has {len(header)}")
+    return header, [(n, dict(zip(header, cells))) for n, cells in enumerate(table, 2) if cells]
+
+
 def _columns(file, header):
     """Which column holds what: NIGHTS' names, or the generic ones with their optional three."""
-    names = dict(NIGHTS if "ref_path" in header else GENERIC)
-    if names["ref"] == "ref":
-        names |= {key: key for key in ("split", "votes", "id") if key in header}
-    for name in names.values():
+    names = NIGHTS if "ref_path" in header else GENERIC | {
+        key: key for key in ("split", "votes", "id") if key in header}
+    _need(file, header, names.values())
+    return names
+
+
+def _need(file, header, columns):
+    for name in columns:
         if header.count(name) != 1:
             raise ValueError(f"{file}, row 1, column '{name}': found {header.count(name)} times, "
                              f"needed once; the columns are {', '.join(header) or 'none'}")
-    return names
 
 
 def _judgement(cells, names, seen, number):
@@ -267,3 +322,131 @@ def split_anchors(anchors, seed):
     names = ["val"] * tenth + ["test"] * tenth + ["train"] * len(distinct)
     split = {distinct[i]: name for i, name in zip(order, names)}
     return [split[anchor] for anchor in anchors]
+
+
+# ------------------------------------------------------------------------- conversions to that csv
+
+
+def convert_things(triplets_csv, images_txt, out_csv, seed):
+    """THINGS odd-one-out judgements -> generic CSV; returns the number of triplets a split.
+
+    triplets_csv: columns anchor_idx,positive_idx,negative_idx, the positive being the nearer one.
+    images_txt: one path a line, relative to out_csv's folder; line 1 is image 0.
+    """
+    names = image_list(images_txt, out_csv)
+    columns = ("anchor_idx", "positive_idx", "negative_idx")
+    header, table = _table_of(triplets_csv)
+    _need(triplets_csv, header, columns)
+    found = []
+    for number, cells in table:
+        where = f"{triplets_csv}, row {number}, "
+        indices = []
+        for column in columns:
+            try:
+                index = _number(cells[column], column)
+            except ValueError as error:
+                raise ValueError(where + str(error)) from None
+            if not 0 <= index < len(names):
+                raise ValueError(f"{where}column '{column}': {index} is none of the {len(names)} "
+                                 f"images of {images_txt}, counted from 0")
+            indices.append(index)
+        if len(set(indices)) < 3:
+            raise ValueError(f"{where}columns {', '.join(columns)}: {indices} repeats an image")
+        found.append(indices)
+    return write_triplets(out_csv, found, names, seed)
+
+
+def convert_rdm(matrix_npy, images_txt, out_csv, seed, per_anchor):
+    """Triplets mined from a dissimilarity matrix (n,n), as is done with brain data (METHOD 6).
+
+    Each image is an anchor `per_anchor` times, without repeating a pair: the positive is drawn from
+    its nearest 3 % of the other images, the negative from its farthest 5 %, at least one of each.
+    """
+    names = image_list(images_txt, out_csv)
+    rng = np.random.default_rng([seed, 0])
+    found = []
+    for anchor, row in enumerate(_matrix(matrix_npy, len(names))):                       # row (n,)
+        others = np.argsort(row, kind="stable")
+        others = others[others != anchor]                                                # (n-1,)
+        near = others[:max(1, round(0.03 * len(others)))]
+        far = others[-max(1, round(0.05 * len(others))):]
+        if row[near[-1]] >= row[far[0]]:
+            raise ValueError(f"{matrix_npy}: row {anchor} (from 0): its nearest and its farthest "
+                             f"images are equally far ({row[far[0]]}); it says nothing")
+        pairs = len(near) * len(far)
+        for pair in rng.choice(pairs, size=min(per_anchor, pairs), replace=False):
+            found.append([anchor, near[pair // len(far)], far[pair % len(far)]])
+    return write_triplets(out_csv, found, names, seed)
+
+
+def _matrix(matrix_npy, count):
+    """A dissimilarity matrix (count, count): finite, symmetric."""
+    matrix = np.load(matrix_npy, allow_pickle=False)
+    if matrix.shape != (count, count) or count < 3:
+        raise ValueError(f"{matrix_npy}: shape {matrix.shape}; {count} images need "
+                         f"({count}, {count}), and at least 3 of them")
+    bad = np.argwhere(~np.isfinite(matrix) | ~np.isclose(matrix, matrix.T))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(f"{matrix_npy}: entry ({row}, {column}) is {matrix[row, column]} and "
+                         f"({column}, {row}) is {matrix[column, row]}: finite and equal is needed")
+    return matrix
+
+
+def image_list(images_txt, out_csv):
+    """Paths of a list, one a line, checked to be files inside out_csv's folder."""
+    folder = pathlib.Path(out_csv).parent
+    names = pathlib.Path(images_txt).read_text(encoding="utf-8-sig").splitlines()
+    for number, name in enumerate(names, 1):
+        try:
+            _inside(name, "path")
+        except ValueError as error:
+            raise ValueError(f"{images_txt}, row {number}, {error}") from None
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{images_txt}, row {number}: no file {name!r} in {folder}; "
+                                    "OUT.csv must lie where the paths of the list begin")
+    return names
+
+
+def write_triplets(out_csv, found, names, seed):
+    """Write (anchor, positive, negative) indices as the generic CSV, all at once or not at all.
+
+    The positive goes left or right by a fair, seeded coin; anchors are split 80/10/10.
+    """
+    splits = split_anchors([anchor for anchor, _, _ in found], seed)
+    counts = {split: splits.count(split) for split in SPLITS}
+    if not all(counts.values()):
+        raise ValueError(f"{out_csv}: too few anchors to split them in "
+                         "train, val and test; at least 3 are needed")
+    sides = np.random.default_rng([seed, 1]).integers(2, size=len(found))
+    partial = pathlib.Path(f"{out_csv}.tmp")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["ref", "left", "right", "label", "split"])
+        for (anchor, positive, negative), side, split in zip(found, sides, splits):
+            left, right = (negative, positive) if side else (positive, negative)
+            writer.writerow([names[anchor], names[left], names[right], side, split])
+    os.replace(partial, out_csv)
+    return counts
+
+
+@dataclass
+class Config:
+    seed: int = 0           # of the draws, the sides and the splits
+    per_anchor: int = 50    # rdm: triplets of each image
+
+
+def main(argv=None):
+    config, words = load_config(Config, globals(), argv)
+    if len(words) != 4 or words[0] not in ("things", "rdm"):
+        raise ValueError("write: python -m data.triplets things TRIPLETS.csv IMAGES.txt OUT.csv "
+                         "(or: rdm MATRIX.npy IMAGES.txt OUT.csv) [--seed=0]; --help says more")
+    if words[0] == "things":
+        counts = convert_things(*words[1:], config.seed)
+    else:
+        counts = convert_rdm(*words[1:], config.seed, config.per_anchor)
+    print(f"{words[3]}: " + ", ".join(f"{n:,} {split}" for split, n in counts.items()))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,14 @@
+"""Control: the toy's judgements after pretraining; starts from the baseline and saves a whole CLIP.
+
+    python pretrain.py configs/toy.py && python perceptual_init.py configs/toy_posthoc.py
+
+As METHOD.md 4 (qkv only, Adam without decay); the rate is scaled like the toy's stage 1.
+"""
+from configs.toy_nights import *
+
+init = "out/toy/ckpt.pt"
+out_dir = "out/toy_posthoc"
+benchmarks = "data/toy/benchmarks"
+train = "qkv"
+weight_decay = 0.0
+beta2 = 0.999
