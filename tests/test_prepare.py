@@ -1,4 +1,5 @@
 """Downloads and the preparation of published data: loopback servers, parquet files, zips."""
+import base64
 import gzip
 import hashlib
 import http.server
@@ -6,17 +7,22 @@ import io
 import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data import benchmarks, prepare_benchmarks, prepare_nights
+from data import benchmarks, prepare_benchmarks, prepare_nights, prepare_yfcc15m
 from data.download import CHUNK, download, hub_files
+from data.shards import Shards, index_shards
+from data.text import Tokenizer
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -462,3 +468,183 @@ def test_a_cut_idx_file_is_named(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1]))
     with pytest.raises(ValueError, match="11 bytes of data, its head says .3 2 2."):
         prepare_benchmarks.read_idx(tmp_path / "a.gz")
+
+
+# ----------------------------------------------------------------------------------------- YFCC15M
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """The path of a vocabulary of bytes alone, without a merge: 512 ranks, start 512, end 513."""
+    pieces = [bytes([i]) for i in range(256)] + [bytes([i, 0]) for i in range(256)]
+    path = tmp_path_factory.mktemp("vocabulary") / "bytes.tiktoken"
+    path.write_text("".join(f"{base64.b64encode(piece).decode()} {rank}\n"
+                            for rank, piece in enumerate(pieces)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary):
+    return Tokenizer(vocabulary)
+
+
+def photo(seed, size=(24, 20)):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_parquet(path, images, texts):
+    pa = pytest.importorskip("pyarrow", reason="parquet files are written with pyarrow")
+    from pyarrow import parquet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table({"images": pa.array(images, pa.binary()),
+                                  "texts": pa.array(texts, pa.list_(pa.int64()))}), path)
+
+
+@pytest.fixture
+def release(tmp_path, tokenizer):
+    """Three parquet files of 20 good rows each, as the release has them."""
+    for i in range(3):
+        texts = [tokenizer(f"photo {row} of file {i}")[0].tolist() for row in range(20)]
+        write_parquet(tmp_path / "release" / f"train-{i:05d}-of-00003.parquet",
+                      [photo(100 * i + row) for row in range(20)], texts)
+    return tmp_path / "release"
+
+
+def prepare(source, target, vocabulary, *options):
+    prepare_yfcc15m.main([str(source), str(target), f"--vocabulary={vocabulary}", "--workers=1",
+                          *options])
+    return json.loads((target / "report.json").read_text())
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+def test_each_parquet_file_becomes_the_shard_of_its_name(release, tmp_path, vocabulary):
+    report = prepare(release, tmp_path / "out", vocabulary)
+    assert sorted(tars(tmp_path / "out")) == [f"train-{i:05d}-of-00003.tar" for i in range(3)]
+    index_shards(tmp_path / "out")
+    image, captions = Shards(tmp_path / "out")[21]
+    assert image == photo(101) and captions == ["photo 1 of file 1"]
+    assert report == {"files": 3, "rows": 60, "captions": 60, "pairs": 60,
+                      prepare_yfcc15m.DIFFERENT: 0}
+
+
+def test_two_processes_fetch_and_convert_what_one_converts(release, tmp_path, vocabulary):
+    head = "/datasets/o/n/resolve/main/data/"
+    files = {head + path.name: path.read_bytes() for path in release.iterdir()}
+    with Server(files | {"/datasets/o/n/resolve/main/README.md": b"#"}, page=2) as server:
+        prepare(f"{server.address}/datasets/o/n", tmp_path / "remote", vocabulary, "--workers=2")
+    prepare(release, tmp_path / "local", vocabulary)
+    assert tars(tmp_path / "remote") == tars(tmp_path / "local")
+    assert list((tmp_path / "remote" / "fetched").iterdir()) == []
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(release, tmp_path, vocabulary):
+    prepare(release, tmp_path / "whole", vocabulary)
+    code = ("import os, sys; from data import prepare_yfcc15m as p\n"
+            "seen, shrink = [], p.shrink\n"
+            "def dying(*args, **kw):\n"
+            "    seen.append(1)\n"
+            "    return shrink(*args, **kw) if len(seen) < 30 else os.kill(os.getpid(), 9)\n"
+            "p.shrink = dying; p.main(sys.argv[1:])")
+    command = [sys.executable, "-c", code, str(release), str(tmp_path / "out"),
+               f"--vocabulary={vocabulary}", "--workers=1"]
+    assert subprocess.run(command, timeout=60, capture_output=True).returncode == -9
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left[1:3] == ["fetched", "train-00000-of-00003.tar"] and len(left) == 4  # and a .tmp
+    first = (tmp_path / "out" / "train-00000-of-00003.tar").stat().st_mtime_ns
+    prepare(release, tmp_path / "out", vocabulary)
+    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+    assert (tmp_path / "out" / "train-00000-of-00003.tar").stat().st_mtime_ns == first
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def row_of(tokenizer, *captions, zeros=0):
+    return [i for text in captions for i in tokenizer(text)[0].tolist()] + [0] * 77 * zeros
+
+
+def changed(tokenizer, position, value):
+    row = row_of(tokenizer, "a dog")
+    row[position] = value
+    return row
+
+
+def test_rows_of_77_154_and_231_ids_are_one_two_and_three_captions(tokenizer):
+    counts = Counter()
+    rows = [row_of(tokenizer, "a dog"), row_of(tokenizer, "a dog", "a pet"),
+            row_of(tokenizer, "a dog", "a pet", zeros=1), row_of(tokenizer, "a", "b", "c")]
+    found = [prepare_yfcc15m.read_captions(row, tokenizer, counts) for row in rows]
+    assert found == [["a dog"], ["a dog", "a pet"], ["a dog", "a pet"], ["a", "b", "c"]]
+    assert counts == {"captions": 8, prepare_yfcc15m.DIFFERENT: 0}
+
+
+def test_a_caption_cut_at_77_ids_without_an_end_is_read_to_its_last_id(tokenizer):
+    ids = np.array([tokenizer.start] + tokenizer.encode(["a" + " dog" * 25])[0][:76])
+    text, same = prepare_yfcc15m.read_caption(ids, tokenizer)
+    assert text == "a" + " dog" * 25 and same
+
+
+def test_every_bad_row_is_counted_and_named(tmp_path, tokenizer, vocabulary):
+    good = row_of(tokenizer, "a dog")
+    bad = {"token row is not k x 77 ids": [good[:76], [], None, good + good[:1]],
+           "token id missing": [changed(tokenizer, 3, None)],
+           "token id out of range": [changed(tokenizer, 2, 514), changed(tokenizer, 2, -1)],
+           "wrong first token id": [changed(tokenizer, 0, 5)],
+           "token ids after the end": [changed(tokenizer, 70, 9)],
+           "empty caption": [row_of(tokenizer, ""), row_of(tokenizer, zeros=1)]}
+    texts = [good] * 200 + [row for rows in bad.values() for row in rows]
+    images = [photo(0)] * len(texts)
+    images[3:6] = [None, b"<html>", photo(1, (300, 300))[:9000]]
+    texts[7] = row_of(tokenizer, "a dog") + changed(tokenizer, 0, 5)  # one caption of two is bad
+    texts[8] = changed(tokenizer, 4, ord("g"))  # without the mark of a word's end: cut within it
+    write_parquet(tmp_path / "in" / "a.parquet", images, texts)
+    report = prepare(tmp_path / "in", tmp_path / "out", vocabulary)
+    done = json.loads((tmp_path / "out" / "done" / "a.json").read_text())
+    assert done["skipped"] == {reason: len(rows) for reason, rows in bad.items()} | {
+        "empty": 1, "not an image": 1, "truncated": 1}
+    assert done["examples"]["token id out of range"] == [205, 206]
+    assert (report["rows"], report["pairs"], report[prepare_yfcc15m.DIFFERENT]) == (211, 197, 1)
+    assert report["dropped caption: wrong first token id"] == 1
+    index_shards(tmp_path / "out")
+    names = [Shards(tmp_path / "out").name(i) for i in (2, 3)]
+    assert names == ["a.tar:a_000002", "a.tar:a_000006"]
+
+
+def test_another_vocabulary_fails_the_file_and_leaves_no_shard(release, tmp_path, vocabulary):
+    text = vocabulary.read_text() + base64.b64encode(b"do").decode() + " 512\n"  # start is now 513
+    (tmp_path / "other.tiktoken").write_text(text)
+    with pytest.raises(ValueError, match="1 of 1 files failed.*wrong first token id': 20"):
+        prepare(release, tmp_path / "out", tmp_path / "other.tiktoken", "--files=1")
+    assert tars(tmp_path / "out") == {}
+
+
+def test_a_broken_parquet_file_fails_alone(release, tmp_path, vocabulary):
+    broken = release / "train-00001-of-00003.parquet"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="1 of 3 files failed, the first: train-00001-of-00003: "):
+        prepare(release, tmp_path / "out", vocabulary)
+    assert sorted(tars(tmp_path / "out")) == ["train-00000-of-00003.tar",
+                                              "train-00002-of-00003.tar"]
+
+
+def test_other_columns_are_named(tmp_path, vocabulary):
+    pa = pytest.importorskip("pyarrow", reason="parquet files are written with pyarrow")
+    from pyarrow import parquet
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pa.table({"image": [b""], "caption": ["a"]}), tmp_path / "in" / "a.parquet")
+    with pytest.raises(ValueError, match="columns are {'image': 'binary', 'caption': 'string'}"):
+        prepare(tmp_path / "in", tmp_path / "out", vocabulary)
+
+
+def test_a_folder_without_parquet_files_is_named(tmp_path, vocabulary):
+    with pytest.raises(FileNotFoundError, match="no such folder, or no .parquet file in it"):
+        prepare(tmp_path / "nowhere", tmp_path / "out", vocabulary)
+
+
+def test_without_pyarrow_one_line_says_what_to_install(release, tmp_path, vocabulary, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        prepare(release, tmp_path / "out", vocabulary)

@@ -1,0 +1,218 @@
+"""YFCC15M as released (Kaichengalex/YFCC15M) -> shards: 15,061,515 recaptioned pairs, 1.12 TB.
+
+    python -m data.prepare_yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
+
+SOURCE: https://huggingface.co/datasets/Kaichengalex/YFCC15M, or a folder of its .parquet files.
+TARGET gets one tar a parquet file, of the same name, with pictures at a short side of 256 (JPEG,
+quality 90) and captions as text; TARGET/done/NAME.json when the tar is complete, and report.json,
+the sum of these. A stopped run goes on at the files that are not done; its tars equal those of an
+uninterrupted run byte for byte.
+
+Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions, each
+start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids differ
+(cut within a word, say). A file in which more than a tenth of the rows is skipped or differs fails:
+then the vocabulary or the data is not what it should be. Scratch: 0.75 GB a process while a file
+is fetched and converted, in TARGET/fetched.
+"""
+import argparse
+import functools
+import importlib.util
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from data.download import HubFile, check_room, download, hub_files
+from data.images import BadImage
+from data.pack import in_order, shrink
+from data.progress import Progress
+from data.shards import write_tar
+from data.text import Tokenizer
+
+FILES, ROWS = 1_507, 15_061_515  # of the release (METHOD: data card)
+CONTEXT = 77                     # ids a caption
+MAX_BAD = 0.1                    # share of a file's rows
+EXAMPLES = 5                     # rows named for each reason in done/NAME.json
+DIFFERENT = "captions that encode differently"
+
+
+class BadRow(ValueError):
+    """A row, or a caption of it, that cannot be used: str() is a reason that can be counted."""
+
+
+@functools.cache
+def tokenizer_of(path):
+    """One tokenizer a process: building CLIP's takes a second."""
+    return Tokenizer(path)
+
+
+def read_caption(ids, tokenizer):
+    """(77,) ids -> (text, whether encoding it gives these ids again). Raises BadRow."""
+    if ids.min() < 0 or ids.max() > tokenizer.end:
+        raise BadRow("token id out of range")
+    if ids[0] != tokenizer.start:
+        raise BadRow("wrong first token id")
+    ends = np.flatnonzero(ids == tokenizer.end)
+    end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut long captions without an end
+    if ids[end + 1:].any():
+        raise BadRow("token ids after the end")
+    words = ids[1:end].tolist()
+    text = " ".join(tokenizer.decode(words).split())  # a caption is one line of a shard
+    if not text:
+        raise BadRow("empty caption")
+    return text, tokenizer.encode([text])[0] == words
+
+
+def read_captions(ids, tokenizer, counts):
+    """A row's ids (k * 77) -> its captions. Bad ones of several are counted; raises BadRow."""
+    if not ids or len(ids) % CONTEXT:
+        raise BadRow("token row is not k x 77 ids")
+    if None in ids:
+        raise BadRow("token id missing")
+    table, captions, dropped = np.array(ids).reshape(-1, CONTEXT), [], []  # (k,77)
+    for row in table[table.any(1)]:  # rows of zeros fill up where others have more captions
+        try:
+            text, same = read_caption(row, tokenizer)
+            captions.append(text)
+            counts["captions"] += 1
+            counts[DIFFERENT] += not same
+        except BadRow as error:
+            dropped.append(str(error))
+    if not captions:
+        raise BadRow(dropped[0] if dropped else "empty caption")
+    counts.update(f"dropped caption: {reason}" for reason in dropped)
+    return captions
+
+
+def read_rows(path):
+    """Yield (image bytes, list of ids) of a parquet file, a few dozen rows in memory at a time."""
+    from pyarrow import parquet
+    # Streamed: a row group can be the whole file, and then 714 MB of it took 0.97 GB, now 0.3
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        if columns.get("images") not in ("binary", "large_binary") or "texts" not in columns:
+            raise ValueError(f"columns are {columns}, must have images (binary) and texts (ids)")
+        for batch in file.iter_batches(batch_size=32, columns=["images", "texts"]):
+            yield from zip(batch.column("images").to_pylist(), batch.column("texts").to_pylist())
+
+
+def members(rows, name, tokenizer, counts, skipped):
+    """Yield a tar's members from (bytes, ids) rows; fill counts and {reason: [row numbers]}."""
+    for number, (image, ids) in enumerate(rows):
+        counts["rows"] += 1
+        try:
+            captions = read_captions(ids, tokenizer, counts)
+            kind, data = shrink(image or b"", short_side=256, quality=90)
+        except (BadRow, BadImage) as error:
+            skipped.setdefault(str(error), []).append(number)
+            continue
+        counts["pairs"] += 1
+        key = f"{name.replace('.', '_')}_{number:06d}"
+        yield f"{key}.{kind}", data
+        yield f"{key}.txt", "".join(f"{caption}\n" for caption in captions).encode()
+    reasons = {reason: len(numbers) for reason, numbers in skipped.items()}
+    reasons[DIFFERENT] = counts[DIFFERENT]
+    if sum(reasons.values()) > MAX_BAD * counts["rows"]:  # raised here, the tar never appears
+        raise ValueError(f"too much is wrong in {counts['rows']:,} rows: {reasons}; is the "
+                         "vocabulary CLIP's?")
+
+
+def convert_file(source, target, vocabulary):
+    """One parquet file (Path, or HubFile to fetch first) -> target/NAME.tar and done/NAME.json.
+
+    Returns None, or what went wrong as a str: other files can still be converted.
+    """
+    remote = isinstance(source, HubFile)
+    name, counts, skipped = name_of(source), Counter(), {}
+    path = target / "fetched" / f"{name}.parquet" if remote else source
+    try:
+        if remote:
+            download(source.url, path, source.size, source.sha256, progress=False)
+        found = members(read_rows(path), name, tokenizer_of(vocabulary), counts, skipped)
+        write_tar(target / f"{name}.tar", found)
+    except (ValueError, OSError) as error:  # OSError: a truncated parquet file, or a full disk
+        return f"{name}: {error}"
+    counts["skipped"] = {reason: len(numbers) for reason, numbers in skipped.items()}
+    counts["examples"] = {reason: numbers[:EXAMPLES] for reason, numbers in skipped.items()}
+    part = target / "done" / f"{name}.part"
+    part.write_text(json.dumps(counts, indent=2) + "\n")
+    os.replace(part, part.with_suffix(".json"))
+    if remote:
+        path.unlink()
+
+
+def name_of(source):
+    """A source's file name without folder and suffix: its shard's name."""
+    return Path(source.path if isinstance(source, HubFile) else source).stem
+
+
+def find_sources(source):
+    """The parquet files of a folder (Paths) or of an address (HubFiles), sorted by name."""
+    if "://" in source:
+        files = [file for file in hub_files(source) if file.path.endswith(".parquet")]
+    else:
+        files = list(Path(source).rglob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{source}: no such folder, or no .parquet file in it")
+    names = Counter(map(name_of, files))
+    if (twice := names.most_common(1)[0])[1] > 1:
+        raise ValueError(f"{source}: {twice[0]}.parquet is there {twice[1]} times; shards are "
+                         "named after the files")
+    return sorted(files, key=name_of)
+
+
+def sum_up(target):
+    """Add up target/done/*.json, write target/report.json and return it."""
+    total = Counter(files=0)
+    for path in sorted((target / "done").glob("*.json")):
+        done = json.loads(path.read_text())
+        total["files"] += 1
+        total.update({key: value for key, value in done.items() if isinstance(value, int)})
+        total.update({f"skipped: {reason}": n for reason, n in done["skipped"].items()})
+    (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
+    return total
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser("python -m data.prepare_yfcc15m", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="address of the data set, or a folder of .parquet files")
+    parser.add_argument("target", type=Path, help="folder for the shards")
+    parser.add_argument("--vocabulary", required=True, help="CLIP's, by data.prepare_vocabulary")
+    parser.add_argument("--files", type=int, help="only the first so many, to try it out")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes")
+    args = parser.parse_args(argv)
+    if not importlib.util.find_spec("pyarrow"):
+        raise ValueError("parquet files are read by pyarrow: pip install pyarrow")
+    Tokenizer(args.vocabulary)  # a wrong path shows now, not in each process
+    sources = find_sources(args.source)[:args.files]
+    for folder in ("done", "fetched"):
+        (args.target / folder).mkdir(parents=True, exist_ok=True)
+    for stale in args.target.glob("*.tar.*.tmp"):  # of a run that was killed
+        stale.unlink()
+    todo = [source for source in sources
+            if not (args.target / "done" / f"{name_of(source)}.json").exists()]
+    sizes = sorted((source.size for source in todo if isinstance(source, HubFile)), reverse=True)
+    check_room(args.target, sum(sizes[:args.workers]))
+
+    line, failed = Progress("files", len(sources), "files", done=len(sources) - len(todo)), []
+    convert = functools.partial(convert_file, target=args.target, vocabulary=args.vocabulary)
+    for problem in in_order(convert, todo, args.workers):
+        if problem:
+            failed.append(problem)
+            print(problem, flush=True)
+        line.add()
+
+    for key, number in sum_up(args.target).items():
+        print(f"{number:>14,}  {key}")
+    print(f"The release has {ROWS:,} rows in {FILES:,} files.")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(sources)} files failed, the first: {failed[0]}; "
+                         "the same command tries them again")
+
+
+if __name__ == "__main__":
+    from configs import run_main
+    run_main(main)
