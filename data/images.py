@@ -1,14 +1,13 @@
 """From the bytes of an image file to the pixels that a model sees.
 
-The host decodes, crops and resizes to uint8; the device flips, jitters, blurs and normalises a whole
-batch at once. Evaluation takes `eval_image` (triplets: `squash_image`) and `normalise`.
+The host decodes, crops and resizes to uint8; the device flips, jitters, blurs and normalises a
+whole batch at once. Evaluation takes `eval_image` (triplets: `squash_image`) and `normalise`.
 
 B batch, S image side. Pixels are uint8 from 0 to 255, inside the device part floats from 0 to 1.
 """
 import io
 import math
 import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +24,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte as RGB
 MAX_ASPECT = 100  # long side / short side: with the short side at 224 the other is 22,400 already
-# What Pillow raises on damaged bytes, and what 60,000 randomly damaged files made it raise.
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error,
-                  zlib.error, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # EXIF tag; its values but 1 (upright), and what undoes them
+# The first four came out of Pillow when 270,000 files were damaged at random; the others are what
+# Pillow itself takes for a damaged header.
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+                  EOFError, IndexError, TypeError, struct.error)
+ORIENTATION = 0x0112  # EXIF tag; below, its values but 1 (upright) and what undoes them
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
            6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -39,13 +39,14 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 class Augmentation:
     """What happens to a training image, in this order. The defaults are plain CLIP's."""
 
-    crop: tuple = (0.9, 1.0)    # random resized crop: share of the area
+    crop: tuple = (0.9, 1.0)      # random resized crop: share of the area, uniform
     ratio: tuple = (3 / 4, 4 / 3)  # and width / height, log-uniform
-    flip: float = 0.0           # probability of a horizontal flip
-    jitter: tuple = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation: 1 +- this; hue: +- turns
-    jitter_p: float = 0.0       # probability of the jitter
-    grey_p: float = 0.0         # probability of greyscale
-    blur_p: float = 0.0         # probability of a Gaussian blur
+    flip: float = 0.0             # probability of a horizontal flip
+    # reaches of brightness, contrast and saturation (factors 1 - reach to 1 + reach), hue (in turns)
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: float = 0.0         # probability of the jitter
+    grey_p: float = 0.0           # probability of greyscale
+    blur_p: float = 0.0           # probability of a Gaussian blur
     blur_sigma: tuple = (0.1, 2.0)  # pixels, uniform
 
 
@@ -85,8 +86,8 @@ def decode(data):
     """Bytes -> upright PIL image in mode RGB.
 
     Alpha is laid on white, 16 bits are scaled to 8, an animation gives its first frame, and an EXIF
-    block that cannot be read counts as upright.  Raises BadImage: those of `open_image`, "truncated",
-    "corrupt" and "unknown pixel format".
+    block that cannot be read counts as upright. Raises BadImage: those of `open_image`,
+    "truncated", "corrupt" and "unknown pixel format".
     """
     return load_rgb(open_image(data))
 
@@ -105,8 +106,8 @@ def load_rgb(image):
 
 def _orientation(image):
     try:
-        return image.getexif().get(0x0112, 1)
-    except DECODER_ERRORS:  # the pixels are fine: a broken note about them is no reason to lose them
+        return image.getexif().get(ORIENTATION, 1)
+    except DECODER_ERRORS:  # a broken note about good pixels is no reason to lose them
         return 1
 
 
@@ -130,7 +131,7 @@ def _to_rgb(image):
 def eval_image(image, size):
     """PIL RGB image -> (3, S, S) uint8: shorter side to S, bicubic, then the centre.
 
-    Every bit as in CLIP's own evaluation (EVALUATION: torchvision Resize + CenterCrop in Pillow form).
+    Bit for bit torchvision's Resize and CenterCrop of a Pillow image, as CLIP is evaluated with.
     """
     width, height = image.size
     if width <= height:
@@ -299,7 +300,7 @@ def _shift_hue(pixels, turns):
     safe = torch.where(spread == 0, 1, spread)  # grey has no hue, and any will do
     sixths = torch.where(value == red, (green - blue) / safe, torch.where(
         value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) + 6 * turns
-    # back: on the circle of six sixths a channel is at `value` for two, falls and rises for one each
+    # Back: round the circle of six a channel is full for two, falls, is empty for two, and rises.
     away = [(n + sixths).remainder(6) for n in (5, 3, 1)]             # red, green, blue
     return torch.cat([value - spread * torch.minimum(k, 4 - k).clamp(0, 1) for k in away], 1)
 

@@ -1,15 +1,15 @@
 """Image-caption batches whose content depends on (seed, epoch, position) and on nothing else.
 
-Sample i of a step is `epoch_order(seed, epoch, n)[position]`; its caption, crop and augmentation are
-drawn by `sample_rng(seed, epoch, sample)`. Ranks, workers and resuming change who makes a sample and
-when, never which or how.
+The sample at a position is `epoch_order(seed, epoch, n)[position]`; its caption, crop and further
+augmentation are drawn by `sample_rng(seed, epoch, sample)`. Ranks, workers and resuming change who
+makes a sample and when, never which or how.
 
     pairs = Pairs(folder, tokenizer, image_size, seed, context_length, Augmentation(), pick_caption)
     batches = PairBatches(len(pairs), batch_size, rank, world_size, start_step, stop_step)
     loader = DataLoader(pairs, batch_sampler=batches, collate_fn=as_loaded, num_workers=8)
 
-n pairs, b of them in a batch of this rank, L text tokens, S image side. Each process keeps the order
-of one epoch: 4 bytes a pair, 60 MB at 15 million.
+n pairs, b of them in a batch of this rank, L text tokens, S image side. Each process keeps the
+order of one epoch: 4 bytes a pair, 60 MB at 15 million.
 """
 import os
 import shutil

@@ -2,20 +2,19 @@
 
     FOLDER/00000.tar ...     key.jpg|jpeg|png|webp|gif|bmp|tif + key.txt (UTF-8, one caption a line)
     FOLDER/held_out/*.tar    pairs kept for evaluation: a folder of its own, with its own index
-    FOLDER/index/            index.json, samples.npy, keys.npy, ids_VOCABULARY.npy, starts_...npy
+    FOLDER/index/VOCABULARY/ samples.npy, keys.npy, ids.npy, starts.npy, index.json (counts, faults)
 
     python -m data.shards index FOLDER --vocabulary=FILE  # optional: pretrain.py does it by itself
     python -m data.shards check FOLDER                    # reads everything; exit 1 on bad samples
 
-A key is a member's path up to the first dot of its last part, as webdataset has it.  The parts of a
-sample need not be neighbours; members of other kinds (.json, ...) are passed over.  Reading is
+A key is a member's path up to the first dot of its last part, as webdataset has it. The parts of a
+sample need not be neighbours; members of other kinds (.json, ...) are passed over. Reading is
 random access by (shard, offset, size): nothing is unpacked, nothing is copied.
 
-The index takes 62 bytes a pair, its key, and 8 bytes plus 2 a token for each caption: about 110
-bytes a pair, 1.7 GB for 15 million, all memory-mapped.  Building it holds one shard's worth a
-process; an interrupted build keeps the shards it has finished.
+An index takes 60 bytes a pair, its key, and 8 bytes plus 2 a token for each caption: about 110
+bytes a pair, 1.7 GB for 15 million, all memory-mapped. A process that builds it holds one shard's
+worth; an interrupted build goes on after the shards it has finished.
 """
-
 import argparse
 import fcntl
 import hashlib
@@ -26,10 +25,10 @@ import os
 import shutil
 import sys
 import tarfile
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +39,14 @@ from data.progress import Progress
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 FORMAT = "perceptual-clip index 1"
-# One row a pair.  Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
+# One row a pair. Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
 SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"), ("image_at", "u8"), ("image_size", "u8"),
                    ("text_at", "u8"), ("text_size", "u8"), ("first_caption", "u8"),
                    ("key_at", "u8"), ("key_size", "u4")])
 OPEN_SHARDS = 256  # descriptors a process keeps: a quarter of the usual limit of 1,024
 BYTES_A_PROCESS = 2**26  # below 64 MB one more process costs more to start than it saves
 EXAMPLES = 5  # names kept for each reason
-# What an index counts and names.  These samples are kept, all others are left out:
+# What an index counts and names. These samples are kept, all others are left out:
 MENDED = ("duplicate key", "NUL in caption", "caption not UTF-8")
 
 
@@ -64,12 +63,12 @@ def write_tar(path, members):
 
 
 def write_shards(folder, samples, per_shard=10_000):
-    """Write samples (key, kind, image bytes, captions) to 00000.tar, 00001.tar, ...; return how many.
+    """Write samples (key, kind, image bytes, captions) to 00000.tar, ...; return how many.
 
-    kind: "jpg", "png", ...  captions: str or None; white space becomes single spaces (a line is a
-    caption), lone surrogates become "?", None and blank ones are left out.  A sample left without
-    a caption is still written: indexing counts and names it.  Raises ValueError for a key or a kind
-    that would not be found again, and for a folder that has shards already (two runs would mix).
+    kind: one of IMAGE_KINDS. captions: str or None; white space becomes single spaces (a line is a
+    caption), lone surrogates become "?", None and blank ones are left out. A sample left without a
+    caption is written all the same: indexing counts and names it. Raises ValueError for a key or a
+    kind that would not be found again, and for a folder that has shards (two runs would mix).
     """
     folder = Path(folder)
     if any(folder.glob("*.tar")):
@@ -122,8 +121,8 @@ class BrokenTar(ValueError):
 def tar_members(descriptor):
     """Yield (name as bytes, offset, size) of each regular file of an open tar.
 
-    Reads headers only.  Names of all three dialects: ustar, GNU long names (an L member before the
-    file's own header), pax (an x member).  Raises BrokenTar after the last whole member.
+    Reads headers only. Names of all three dialects: ustar, GNU long names (an L member before the
+    file's own header), pax (an x member). Raises BrokenTar after the last whole member.
     """
     at, length, extended = 0, os.fstat(descriptor).st_size, {}
     while at < length:
@@ -179,7 +178,7 @@ def caption_lines(raw):
     """Bytes of a .txt member -> its captions: UTF-8 lines, stripped, without the blank ones.
 
     Bytes that are not UTF-8 become U+FFFD; NUL, which marks the ends of words for the tokenizer
-    (data/text.py), becomes a space.  Text that merely looks wrong stays as it is.
+    (data/text.py), becomes a space. Text that merely looks wrong stays as it is.
     """
     text = raw.decode(errors="replace").replace("\0", " ")
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -248,55 +247,49 @@ def _split_name(name):
 # ---------------------------------------------------------------- the index
 
 def index_shards(folder, tokenizer=None):
-    """Build FOLDER/index, or bring it up to date; return the number of pairs.
+    """Build FOLDER's index unless a fitting one is there; return the number of pairs.
 
-    With a tokenizer, the captions' token ids are stored too, under its fingerprint: a second
-    vocabulary makes a second pair of files.  An index whose shards have come, gone or changed size
-    is built anew, and its fingerprint then differs from the one that checkpoints remember.  Several
-    processes may call at once: one builds, the others wait.  Raises FileNotFoundError without
-    shards and ValueError without a usable pair.
+    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index. When
+    shards have come, gone or changed size it is built anew; its fingerprint then differs from the
+    one that checkpoints remember. Several processes may call at once: one builds, the others wait.
+    Raises FileNotFoundError without shards, ValueError without a usable pair.
     """
-    folder = Path(folder)
-    shards = _shard_sizes(folder)
-    (folder / "index").mkdir(exist_ok=True)
-    with open(folder / "index" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a crash
-        old = _fitting_index(folder)
-        if old and (tokenizer is None or tokenizer.fingerprint in old["tokens"]):
-            return old["samples"]
-        index = _build(folder, shards, tokenizer, old)
-    print(f"indexed {folder}: {index['samples']:,} pairs, {index['captions']:,} captions, "
-          f"{len(shards)} shards, fingerprint {index['fingerprint']}", *report(index["problems"]),
-          sep="\n", flush=True)
-    return index["samples"]
+    folder, name = Path(folder), tokenizer.fingerprint if tokenizer else "none"
+    if tokenizer and tokenizer.size > 2**16:
+        raise ValueError(f"vocabulary {name} has {tokenizer.size:,} ids; indexes hold up to 65,536")
+    if not _fits(folder, name):
+        (folder / "index").mkdir(exist_ok=True)
+        with open(folder / "index" / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+            if not _fits(folder, name):
+                _build(folder, folder / "index" / name, tokenizer)
+    return read_index(folder, name)["samples"]
 
 
-def _fitting_index(folder):
-    try:
-        return read_index(folder)
-    except (FileNotFoundError, ValueError):  # none, or of other shards: it is about to be built
-        return None
+def read_index(folder, name):
+    """The content of FOLDER/index/NAME/index.json, if it fits the shards that are there.
 
-
-def read_index(folder):
-    """The content of FOLDER/index/index.json, once it fits the shards that are there.
-
-    Raises FileNotFoundError without an index, ValueError for one of other shards or another format.
+    Raises FileNotFoundError without shards or index, ValueError for an index of other shards.
     """
-    path = Path(folder) / "index" / "index.json"
+    shards, path = _shard_sizes(folder), Path(folder, "index", name, "index.json")
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no index; run python -m data.shards index {folder}")
+        raise FileNotFoundError(f"{path} is missing; run python -m data.shards index {folder}")
     index = json.loads(path.read_text())
     if index["format"] != FORMAT:
-        raise ValueError(f"{path} has format {index['format']!r}, not {FORMAT!r}; delete {path}")
-    shards = _shard_sizes(folder)
-    changed = [name for name in sorted(shards.keys() | index["shards"])
-               if shards.get(name) != index["shards"].get(name)]
+        raise ValueError(f"{path} has format {index['format']!r}, not {FORMAT!r}; delete it")
+    changed = [shard for shard in sorted(shards.keys() | index["shards"])
+               if shards.get(shard) != index["shards"].get(shard)]
     if changed:
-        raise ValueError(f"{folder}: {len(changed)} shards came, went or changed size since they "
-                         f"were indexed, {changed[0]} the first; run python -m data.shards index "
-                         f"{folder}")
+        raise ValueError(f"{folder}: {changed[0]} and {len(changed) - 1} more shards came, went or "
+                         f"changed size since {path} was made; delete it, or index again")
     return index
+
+
+def _fits(folder, name):
+    try:
+        return bool(read_index(folder, name))
+    except (FileNotFoundError, ValueError):  # none, or of other shards
+        return False
 
 
 def _shard_sizes(folder):
@@ -306,22 +299,25 @@ def _shard_sizes(folder):
     return shards
 
 
-def _build(folder, shards, tokenizer, old):
-    """Index every shard that has no finished part yet, then join the parts; returns the index."""
-    parts = folder / "index" / "parts"
-    parts.mkdir(exist_ok=True)
-    vocabulary = tokenizer.fingerprint if tokenizer else "none"
-    # a part's name says what it was made from, so that parts left by an interrupted build serve
-    jobs = [(folder / name, parts / f"{name}.{size}.{vocabulary}.npz")
-            for name, size in shards.items()]
-    todo = [job for job in jobs if not job[1].exists()]
-    progress = Progress("indexing", len(jobs), "shards", done=len(jobs) - len(todo))
-    for _ in _in_parallel(partial(_index_part, tokenizer=tokenizer), todo,
-                          sum(path.stat().st_size for path, _ in todo)):
+def _build(folder, target, tokenizer):
+    """Index the shards one by one, join the parts, and put the whole in place at once."""
+    shards, unfinished = _shard_sizes(folder), target.with_name(f"{target.name}.unfinished")
+    unfinished.mkdir(exist_ok=True)
+    # a part's name says what it was made from: those of an interrupted build serve again
+    parts = [unfinished / f"{name}.{size}.npz" for name, size in shards.items()]
+    todo = [(folder / name, part) for name, part in zip(shards, parts) if not part.exists()]
+    progress = Progress("indexing", len(parts), "shards", done=len(parts) - len(todo))
+    for _ in _in_parallel(partial(_index_shard, tokenizer=tokenizer), todo, sum(shards.values())):
         progress.add()
-    index = _join(folder, shards, [part for _, part in jobs], tokenizer, old)
-    shutil.rmtree(parts)
-    return index
+    index, lengths = _sum_up(folder, shards, parts)
+    _join(unfinished, parts, lengths)
+    (unfinished / "index.json").write_text(json.dumps(index, indent=1))
+    for part in unfinished.glob("*.npz"):
+        part.unlink()
+    shutil.rmtree(target, ignore_errors=True)  # who has it mapped keeps reading the old one
+    unfinished.rename(target)
+    print(f"indexed {folder}: {index['samples']:,} pairs with {lengths['captions']:,} captions, "
+          f"fingerprint {index['fingerprint']}", *report(index["problems"]), sep="\n", flush=True)
 
 
 def _in_parallel(work, jobs, total_bytes):
@@ -335,78 +331,39 @@ def _in_parallel(work, jobs, total_bytes):
         yield from pool.map(work, jobs, chunksize=min(8, -(-len(jobs) // processes)))
 
 
-def _index_part(job, tokenizer):
-    """Index one shard into a part file; offsets of captions, keys and ids start at 0 in it."""
+def _index_shard(job, tokenizer):
+    """Index one shard into a part file; offsets of keys, captions and ids start at 0 in it."""
     path, part = job
     samples, problems = read_shard(path)
-    rows = np.zeros(len(samples), SAMPLE)
-    captions, keys = [], []
-    for row, (key, image, text, lines) in zip(rows, samples):
-        row["image_at"], row["image_size"] = image
-        row["text_at"], row["text_size"] = text
-        row["captions"], row["first_caption"] = len(lines), len(captions)
-        captions += lines
-        keys.append(key)
-    rows["key_size"] = [len(key) for key in keys]
-    rows["key_at"] = np.cumsum(rows["key_size"]) - rows["key_size"]
-    ids = tokenizer.encode(captions) if tokenizer and captions else []
-    digest = hashlib.sha256(rows.tobytes() + b"".join(keys) + "\n".join(captions).encode())
+    rows = np.array([(0, len(lines), *image, *text, 0, 0, len(key))
+                     for key, image, text, lines in samples], SAMPLE)
+    for at, size in (("first_caption", "captions"), ("key_at", "key_size")):
+        rows[at] = np.cumsum(rows[size]) - rows[size]
+    keys = b"".join(sample[0] for sample in samples)
+    captions = [line for sample in samples for line in sample[3]]
+    ids = tokenizer.encode(captions) if tokenizer and captions else [[] for _ in captions]
+    digest = hashlib.sha256(rows.tobytes() + keys + "\n".join(captions).encode())
     with _replacing(part) as file:
-        np.savez(file, samples=rows, keys=np.frombuffer(b"".join(keys), np.uint8),
-                 ids=np.array(list(itertools.chain.from_iterable(ids)), np.uint16),
-                 ends=np.cumsum([len(some) for some in ids], dtype=np.uint64),
-                 captions=len(captions), digest=digest.hexdigest(), problems=json.dumps(problems))
+        np.savez(file, samples=rows, keys=np.frombuffer(keys, np.uint8),
+                 ids=np.fromiter(itertools.chain.from_iterable(ids), np.uint16),
+                 starts=np.cumsum([0, *map(len, ids)], dtype=np.uint64)[:-1],
+                 digest=digest.hexdigest(), problems=json.dumps(problems))
 
 
-def _join(folder, shards, parts, tokenizer, old):
-    """Append the parts to the index's arrays, one part in memory at a time; returns the index."""
-    index, sizes = _sum_up(shards, parts)
-    if not index["samples"]:
-        raise ValueError(f"{folder} holds no usable pair: " + ", ".join(
-            f"{entry['count']:,} x {reason}" for reason, entry in index["problems"].items()))
-    new = {"samples": (SAMPLE, index["samples"]), "keys": (np.uint8, sizes["keys"])}
-    same = old and old["fingerprint"] == index["fingerprint"]
-    kept = old["tokens"] if same else []  # ids of other vocabularies
-    if tokenizer:
-        ids, starts = _token_files(tokenizer.fingerprint)
-        new |= {ids: (np.uint16, sizes["ids"]), starts: (np.uint64, index["captions"] + 1)}
-        kept = sorted({*kept, tokenizer.fingerprint})
-    index["tokens"] = kept
-    # beside the parts first: a process that still reads the old arrays must not see them change
-    new = {name: open_memmap(parts[0].with_name(f"{name}.npy"), "w+", kind, (length,))
-           for name, (kind, length) in new.items()}
-    at = Counter()  # how far each array is filled
-    for number, path in enumerate(parts):
-        with np.load(path) as part:
-            rows = part["samples"]
-            rows["shard"] = number
-            rows["key_at"] += at["keys"]
-            rows["first_caption"] += at["captions"]
-            filled = {"samples": rows, "keys": part["keys"]}
-            if tokenizer:
-                new[starts][at["captions"] + 1:][:len(part["ends"])] = part["ends"] + at[ids]
-                filled[ids] = part["ids"]
-            at["captions"] += int(part["captions"])
-        for name, some in filled.items():
-            new[name][at[name]:at[name] + len(some)] = some
-            at[name] += len(some)
-    _install(folder / "index", parts[0].parent, new, index)
-    return index
-
-
-def _sum_up(shards, parts):
-    """The content of index.json but for its tokens; how many ids and how many bytes of keys."""
-    index = {"format": FORMAT, "shards": shards, "samples": 0, "captions": 0, "problems": {}}
-    sizes, digest = Counter(), hashlib.sha256(json.dumps(shards).encode())
+def _sum_up(folder, shards, parts):
+    """The content of index.json, and {"samples", "keys", "captions", "ids": how many there are}."""
+    problems, lengths = {}, Counter()
+    digest = hashlib.sha256(json.dumps(shards).encode())
     for path in parts:
         with np.load(path) as part:
-            index["samples"] += len(part["samples"])
-            index["captions"] += int(part["captions"])
-            sizes.update(ids=len(part["ids"]), keys=len(part["keys"]))
+            lengths.update(samples=len(part["samples"]), keys=len(part["keys"]),
+                           captions=len(part["starts"]), ids=len(part["ids"]))
             digest.update(part["digest"].item().encode())
-            _add_problems(index["problems"], json.loads(part["problems"].item()))
-    index["fingerprint"] = digest.hexdigest()[:16]
-    return index, sizes
+            _add_problems(problems, json.loads(part["problems"].item()))
+    if not lengths["samples"]:
+        raise ValueError(f"{folder} holds no usable pair:{''.join(report(problems)[:5])}")
+    return {"format": FORMAT, "fingerprint": digest.hexdigest()[:16], "shards": shards,
+            "samples": lengths["samples"], "problems": problems}, lengths
 
 
 def _add_problems(total, some):
@@ -417,22 +374,28 @@ def _add_problems(total, some):
         entry["examples"] = (entry["examples"] + names)[:EXAMPLES]
 
 
-def _install(target, source, arrays, index):
-    """Put finished arrays and index.json in place; without index.json there is no index."""
-    (target / "index.json").unlink(missing_ok=True)
-    for name, array in arrays.items():
+def _join(folder, parts, lengths):
+    """Append the parts to the index's arrays on disk, one part in memory at a time."""
+    samples, keys, ids, starts = (
+        open_memmap(folder / f"{name}.npy", "w+", kind, (length,)) for name, kind, length in (
+            ("samples", SAMPLE, lengths["samples"]), ("keys", np.uint8, lengths["keys"]),
+            ("ids", np.uint16, lengths["ids"]), ("starts", np.uint64, lengths["captions"] + 1)))
+    sample = key = token = caption = 0  # how far each array is filled
+    for number, path in enumerate(parts):
+        with np.load(path) as part:
+            rows = part["samples"]
+            rows["shard"] = number
+            rows["key_at"] += np.uint64(key)
+            rows["first_caption"] += np.uint64(caption)
+            for array, at, some in ((samples, sample, rows), (keys, key, part["keys"]),
+                                    (ids, token, part["ids"]),
+                                    (starts, caption, part["starts"] + np.uint64(token))):
+                array[at:at + len(some)] = some
+            sample, key = sample + len(rows), key + len(part["keys"])
+            token, caption = token + len(part["ids"]), caption + len(part["starts"])
+    starts[caption] = token
+    for array in (samples, keys, ids, starts):
         array.flush()
-        os.replace(source / f"{name}.npy", target / f"{name}.npy")
-    files = {f"{name}.npy" for some in index["tokens"] for name in _token_files(some)}
-    for path in target.glob("*_*.npy"):  # ids of shards that have changed since
-        if path.name not in files:
-            path.unlink()
-    with _replacing(target / "index.json") as file:
-        file.write(json.dumps(index, indent=1).encode())
-
-
-def _token_files(fingerprint):
-    return f"ids_{fingerprint}", f"starts_{fingerprint}"
 
 
 def report(problems):
@@ -447,26 +410,27 @@ def report(problems):
 class Shards:
     """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
 
-    With a tokenizer, `ids(i, c)` gives a caption's stored token ids.  Cheap to send to a worker
-    process: arrays are mapped again there and shards opened when first read.  Raises what
-    `read_index` does, and FileNotFoundError when the ids of this vocabulary are not there.
+    With a tokenizer, `ids` gives stored token ids. Cheap to send to a worker process: arrays are
+    mapped again there, shards opened when first read. Raises what `read_index` does.
     """
 
     def __init__(self, folder, tokenizer=None):
-        self._arguments = folder, tokenizer
-        self.folder = Path(folder)
-        index = read_index(folder)
+        self.folder, self._arguments = Path(folder), (folder, tokenizer)
+        made = sorted(path.parent.name for path in self.folder.glob("index/*/index.json"))
+        self._name = tokenizer.fingerprint if tokenizer else (made or ["none"])[0]
+        index = read_index(folder, self._name)
         self.fingerprint = index["fingerprint"]
-        self._shards, self._open = list(index["shards"]), OrderedDict()
-        self._samples, self._keys = self._map("samples"), self._map("keys")
-        if tokenizer:
-            if tokenizer.fingerprint not in index["tokens"]:
-                raise FileNotFoundError(f"{folder}/index has no token ids of vocabulary "
-                                        f"{tokenizer.fingerprint}; run index_shards again")
-            self._ids, self._starts = map(self._map, _token_files(tokenizer.fingerprint))
+        self._shards = list(index["shards"])
+        self._samples, self._keys, self._ids, self._starts = map(
+            self._map, ("samples", "keys", "ids", "starts"))
+        # Files need no closing here: the one that is dropped closes when its last reader is done.
+        # pread moves no position, so threads and forked workers may share them.
+        self._file = lru_cache(OPEN_SHARDS)(lambda shard: open(
+            self.folder / self._shards[shard], "rb", buffering=0))
 
     def _map(self, name):  # as a plain array: np.memmap's own indexing takes 2 us more
-        return np.asarray(np.load(self.folder / "index" / f"{name}.npy", mmap_mode="r"))
+        path = self.folder / "index" / self._name / f"{name}.npy"
+        return np.asarray(np.load(path, mmap_mode="r"))
 
     def __reduce__(self):  # pickling a memory map would copy the whole array
         return type(self), self._arguments
@@ -503,43 +467,29 @@ class Shards:
         return _name(self._shards[row["shard"]], key.tobytes())
 
     def _read(self, shard, at, size):
-        raw = os.pread(self._descriptor(int(shard)), int(size), int(at))
+        file = self._file(int(shard))
+        raw = os.pread(file.fileno(), int(size), int(at))
         if len(raw) != size:
-            raise ValueError(f"{self.folder / self._shards[shard]} became shorter while it was in "
-                             f"use; put it back, or run python -m data.shards index {self.folder}")
+            raise ValueError(f"{file.name} became shorter while it was in use; put it back, "
+                             f"or run python -m data.shards index {self.folder}")
         return raw
-
-    def _descriptor(self, shard):
-        """pread has no position to share, so descriptors may be inherited by forked workers."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
-        else:
-            if len(self._open) == OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.folder / self._shards[shard], os.O_RDONLY)
-        return self._open[shard]
-
-    def __del__(self):
-        for descriptor in getattr(self, "_open", {}).values():
-            os.close(descriptor)
 
 
 # ---------------------------------------------------------------- commands
 
 def check_shards(folder):
-    """Read and decode everything once, in parallel; print what is wrong and return its problems.
+    """Read and decode everything once, in parallel; print and return what is wrong.
 
-    Needs no index and makes none.  FOLDER/held_out is a folder of its own.  Returns
+    Needs no index and makes none. FOLDER/held_out is a folder of its own. Returns
     {reason: {"count", "examples"}}, empty when all is well.
     """
     sizes = _shard_sizes(folder)
-    progress = Progress("checking", sum(sizes.values()) / 1e9, "GB")
-    pairs, problems = 0, {}
-    jobs = [Path(folder) / name for name in sizes]
-    for size, (good, some) in zip(sizes.values(), _in_parallel(_check_shard, jobs, sum(sizes.values()))):
+    total, jobs = sum(sizes.values()), [Path(folder) / name for name in sizes]
+    progress, pairs, problems = Progress("checking", total / 1e6, "MB"), 0, {}
+    for size, (good, some) in zip(sizes.values(), _in_parallel(_check_shard, jobs, total)):
         pairs += good
         _add_problems(problems, some)
-        progress.add(size / 1e9)
+        progress.add(size / 1e6)
     bad = sum(entry["count"] for entry in problems.values())
     print(f"checked {folder}: {pairs:,} good pairs in {len(sizes)} shards, {bad:,} problems",
           *report(problems), sep="\n")
@@ -562,7 +512,8 @@ def _check_shard(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.shards", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data.shards",
+                                     description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("index", "check"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocabulary", help="index: a .tiktoken file, to store token ids too")
@@ -571,7 +522,7 @@ def main(argv=None):
         sys.exit(1 if check_shards(options.folder) else 0)
     from data.text import Tokenizer
     tokenizer = Tokenizer(options.vocabulary) if options.vocabulary else None
-    print(f"{index_shards(options.folder, tokenizer):,} pairs are indexed in {options.folder}/index")
+    print(f"{index_shards(options.folder, tokenizer):,} pairs are indexed")
 
 
 if __name__ == "__main__":
