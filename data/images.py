@@ -42,7 +42,7 @@ class Augmentation:
     crop: tuple = (0.9, 1.0)      # random resized crop: share of the area, uniform
     ratio: tuple = (3 / 4, 4 / 3)  # and width / height, log-uniform
     flip: float = 0.0             # probability of a horizontal flip
-    # reaches of brightness, contrast and saturation (factors 1 - reach to 1 + reach), hue (in turns)
+    # reaches of brightness, contrast, saturation (factors 1 - reach to 1 + reach) and hue (turns)
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0         # probability of the jitter
     grey_p: float = 0.0           # probability of greyscale

@@ -13,7 +13,8 @@ random access by (shard, offset, size): nothing is unpacked, nothing is copied.
 
 An index takes 60 bytes a pair, its key, and 8 bytes plus 2 a token for each caption: about 110
 bytes a pair, 1.7 GB for 15 million, all memory-mapped. A process that builds it holds one shard's
-worth; an interrupted build goes on after the shards it has finished.
+worth; an interrupted build goes on after the shards it has finished. A shard whose size or time
+has changed makes the index stale, so copy data with their times (cp -a, rsync -a) or pay again.
 """
 import argparse
 import fcntl
@@ -249,10 +250,11 @@ def _split_name(name):
 def index_shards(folder, tokenizer=None):
     """Build FOLDER's index unless a fitting one is there; return the number of pairs.
 
-    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index. When
-    shards have come, gone or changed size it is built anew; its fingerprint then differs from the
-    one that checkpoints remember. Several processes may call at once: one builds, the others wait.
-    Raises FileNotFoundError without shards, ValueError without a usable pair.
+    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index. It is
+    built anew when shards have come, gone or changed size or time. Its fingerprint, which
+    checkpoints remember, covers names, sizes, keys and captions: it survives a copy. Several
+    processes may call at once: one builds, the others wait. Raises FileNotFoundError without
+    shards, ValueError without a usable pair.
     """
     folder, name = Path(folder), tokenizer.fingerprint if tokenizer else "none"
     if tokenizer and tokenizer.size > 2**16:
@@ -271,7 +273,7 @@ def read_index(folder, name):
 
     Raises FileNotFoundError without shards or index, ValueError for an index of other shards.
     """
-    shards, path = _shard_sizes(folder), Path(folder, "index", name, "index.json")
+    shards, path = _find_shards(folder), Path(folder, "index", name, "index.json")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; run python -m data.shards index {folder}")
     index = json.loads(path.read_text())
@@ -281,7 +283,7 @@ def read_index(folder, name):
                if shards.get(shard) != index["shards"].get(shard)]
     if changed:
         raise ValueError(f"{folder}: {changed[0]} and {len(changed) - 1} more shards came, went or "
-                         f"changed size since {path} was made; delete it, or index again")
+                         f"changed since {path} was made; run python -m data.shards index {folder}")
     return index
 
 
@@ -292,8 +294,10 @@ def _fits(folder, name):
         return False
 
 
-def _shard_sizes(folder):
-    shards = {path.name: path.stat().st_size for path in sorted(Path(folder).glob("*.tar"))}
+def _find_shards(folder):
+    """{name: [size in bytes, time of last change in ns]}, by name."""
+    shards = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+              for path in sorted(Path(folder).glob("*.tar"))}
     if not shards:
         raise FileNotFoundError(f"{folder} holds no .tar shards; see python -m data.pack --help")
     return shards
@@ -301,13 +305,14 @@ def _shard_sizes(folder):
 
 def _build(folder, target, tokenizer):
     """Index the shards one by one, join the parts, and put the whole in place at once."""
-    shards, unfinished = _shard_sizes(folder), target.with_name(f"{target.name}.unfinished")
+    shards, unfinished = _find_shards(folder), target.with_name(f"{target.name}.unfinished")
     unfinished.mkdir(exist_ok=True)
     # a part's name says what it was made from: those of an interrupted build serve again
-    parts = [unfinished / f"{name}.{size}.npz" for name, size in shards.items()]
+    parts = [unfinished / f"{name}.{size}.{time}.npz" for name, (size, time) in shards.items()]
     todo = [(folder / name, part) for name, part in zip(shards, parts) if not part.exists()]
     progress = Progress("indexing", len(parts), "shards", done=len(parts) - len(todo))
-    for _ in _in_parallel(partial(_index_shard, tokenizer=tokenizer), todo, sum(shards.values())):
+    todo_size = sum(path.stat().st_size for path, _ in todo)
+    for _ in _in_parallel(partial(_index_shard, tokenizer=tokenizer), todo, todo_size):
         progress.add()
     index, lengths = _sum_up(folder, shards, parts)
     _join(unfinished, parts, lengths)
@@ -353,7 +358,7 @@ def _index_shard(job, tokenizer):
 def _sum_up(folder, shards, parts):
     """The content of index.json, and {"samples", "keys", "captions", "ids": how many there are}."""
     problems, lengths = {}, Counter()
-    digest = hashlib.sha256(json.dumps(shards).encode())
+    digest = hashlib.sha256(repr([(name, size) for name, (size, _) in shards.items()]).encode())
     for path in parts:
         with np.load(path) as part:
             lengths.update(samples=len(part["samples"]), keys=len(part["keys"]),
@@ -483,7 +488,7 @@ def check_shards(folder):
     Needs no index and makes none. FOLDER/held_out is a folder of its own. Returns
     {reason: {"count", "examples"}}, empty when all is well.
     """
-    sizes = _shard_sizes(folder)
+    sizes = {name: size for name, (size, _) in _find_shards(folder).items()}
     total, jobs = sum(sizes.values()), [Path(folder) / name for name in sizes]
     progress, pairs, problems = Progress("checking", total / 1e6, "MB"), 0, {}
     for size, (good, some) in zip(sizes.values(), _in_parallel(_check_shard, jobs, total)):

@@ -1,0 +1,369 @@
+"""data/shards.py: tars as they come, the index, and every fault a shard can have."""
+import base64
+import io
+import multiprocessing
+import os
+import pickle
+import tarfile
+
+import pytest
+from PIL import Image
+
+from data import shards
+from data.shards import Shards, caption_lines, index_shards, read_index, write_shards, write_tar
+from data.text import Tokenizer
+
+BYTES = [bytes([value]) for value in range(256)]
+VOCABULARY = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in
+                     enumerate(BYTES + [byte + b"\0" for byte in BYTES]))
+
+
+def picture(number=0):
+    """A small PNG that no other number has."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def samples(count, first=0):
+    return [(f"{i:04d}", "png", picture(i), [f"picture {i}"]) for i in range(first, first + count)]
+
+
+def pair(key, caption=b"a caption"):
+    return [(f"{key}.png", picture()), (f"{key}.txt", caption)]
+
+
+def problems_of(folder):
+    index_shards(folder)
+    problems = read_index(folder, "none")["problems"]
+    return {reason: entry["count"] for reason, entry in problems.items()}
+
+
+def arrays(folder):
+    """Everything an index holds but the times of the shards."""
+    files = {path.name: path.read_bytes() for path in folder.glob("index/*/*.npy")}
+    assert len(files) == 4
+    return files, Shards(folder).fingerprint
+
+
+# ---------------------------------------------------------------- writing
+
+def test_a_tar_has_the_same_bytes_every_time_and_tarfile_reads_it(tmp_path):
+    members = [("a/b.txt", b"text"), ("x" * 150 + ".bin", bytes(1000)), ("empty", b"")]
+    write_tar(tmp_path / "one.tar", members)
+    write_tar(tmp_path / "two.tar", members)
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
+    with tarfile.open(tmp_path / "one.tar") as tar:
+        assert [(m.name, tar.extractfile(m).read()) for m in tar] == members
+
+
+def test_a_tar_whose_source_fails_is_not_there_at_all(tmp_path):
+    def members():
+        yield "a.txt", b"text"
+        raise RuntimeError("source")
+    with pytest.raises(RuntimeError, match="source"):
+        write_tar(tmp_path / "one.tar", members())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_shards_fills_shards_in_turn_and_counts(tmp_path):
+    assert write_shards(tmp_path, iter(samples(6)), per_shard=3) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar"]
+    assert write_shards(tmp_path / "other", samples(7), per_shard=3) == 7
+    assert len(list((tmp_path / "other").iterdir())) == 3
+
+
+def test_write_shards_does_not_mix_two_runs(tmp_path):
+    write_shards(tmp_path, samples(1))
+    with pytest.raises(ValueError, match="holds .tar files already"):
+        write_shards(tmp_path, samples(1))
+
+
+@pytest.mark.parametrize("key, kind", [("a.b", "png"), ("a", ".png"), ("a", "json")])
+def test_write_shards_refuses_what_would_not_be_found_again(tmp_path, key, kind):
+    with pytest.raises(ValueError, match=f"key='{key}', kind='{kind}'"):
+        write_shards(tmp_path, [(key, kind, picture(), ["x"])])
+
+
+def test_captions_are_written_one_a_line(tmp_path):
+    captions = ["two\nlines  and \u2028more", None, " ", "\ud800 alone", "plain"]
+    write_shards(tmp_path, [("k", "png", picture(), captions)])
+    index_shards(tmp_path)
+    assert Shards(tmp_path).captions(0) == ["two lines and more", "? alone", "plain"]
+
+
+# ---------------------------------------------------------------- reading tars
+
+@pytest.mark.parametrize("dialect", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_members_are_those_that_tarfile_finds(tmp_path, dialect):
+    names = ["a.txt", "folder/" * 12 + "long.png", "d/ü.txt", "empty.txt"]
+    if dialect != tarfile.USTAR_FORMAT:
+        names += ["n" * 300 + ".txt", "ü" * 120 + ".png"]
+    with tarfile.open(tmp_path / "t.tar", "w", format=dialect) as tar:
+        tar.addfile(folder := tarfile.TarInfo("folder"))
+        folder.type = tarfile.DIRTYPE
+        for size, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 511 * size
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with tarfile.open(tmp_path / "t.tar") as tar:
+        expected = [(m.name.encode(), m.offset_data, m.size) for m in tar]
+    with open(tmp_path / "t.tar", "rb") as file:
+        assert list(shards.tar_members(file.fileno())) == expected
+
+
+def test_a_pair_is_read_by_number_in_any_order(tmp_path):
+    write_shards(tmp_path, samples(10), per_shard=4)
+    assert index_shards(tmp_path) == 10
+    pairs = Shards(tmp_path)
+    for i in (9, 0, 4, 3, 9):
+        assert pairs[i] == (picture(i), [f"picture {i}"])
+    assert pairs.name(9) == "00002.tar:0009"
+    assert len(pairs) == 10
+
+
+def test_parts_of_a_sample_need_not_be_neighbours(tmp_path):
+    write_tar(tmp_path / "0.tar", [("b/1.png", picture(1)), ("b/2.png", picture(2)),
+                                   ("b/2.txt", b"two"), ("b/1.txt", b"one\n\nuno\n")])
+    index_shards(tmp_path)
+    assert Shards(tmp_path)[0] == (picture(1), ["one", "uno"])
+    assert Shards(tmp_path)[1] == (picture(2), ["two"])
+
+
+def test_other_kinds_and_hidden_files_are_passed_over(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.json", b"{}"), *pair("a"), ("._a.png", b"?"),
+                                   ("b.PNG", picture()), ("b.txt", b"b"), ("a.seg.png", b"mask")])
+    assert index_shards(tmp_path) == 2
+    assert problems_of(tmp_path) == {}
+
+
+def test_held_out_pairs_are_not_part_of_the_folder(tmp_path):
+    write_shards(tmp_path, samples(3))
+    write_shards(tmp_path / "held_out", samples(2, first=50))
+    assert index_shards(tmp_path) == 3 and index_shards(tmp_path / "held_out") == 2
+
+
+# ---------------------------------------------------------------- faults
+
+@pytest.mark.parametrize("members, reason", [
+    ([("x.png", picture())], "image without caption"),
+    ([("x.txt", b"text")], "caption without image"),
+    (pair("x", b""), "empty caption"),
+    (pair("x", b" \n\t\n\r\n"), "empty caption"),
+    (pair("x", b"\0\0"), "empty caption"),
+])
+def test_a_sample_without_a_part_is_left_out_counted_and_named(tmp_path, members, reason):
+    write_tar(tmp_path / "0.tar", [*pair("first"), *members, *pair("last")])
+    assert index_shards(tmp_path) == 2
+    problems = read_index(tmp_path, "none")["problems"]
+    assert problems == {reason: {"count": 1, "examples": ["0.tar:x"]}}
+
+
+@pytest.mark.parametrize("again", [pair("x", b"second"), [("x.txt", b"second")],
+                                   [("x.jpg", picture(9))]])
+def test_of_a_duplicate_key_the_first_is_kept(tmp_path, again):
+    write_tar(tmp_path / "0.tar", [*pair("x", b"first"), *pair("y"), *again])
+    assert problems_of(tmp_path) == {"duplicate key": 1}
+    assert len(Shards(tmp_path)) == 2 and Shards(tmp_path)[0] == (picture(), ["first"])
+
+
+@pytest.mark.parametrize("raw, captions, reason", [
+    ("cafÃ© â€“ tea".encode(), ["cafÃ© â€“ tea"], None),  # mojibake: wrong, but nothing can know
+    (b"None", ["None"], None),
+    (b"a\0b", ["a b"], "NUL in caption"),
+    (b"caf\xe9", ["caf\ufffd"], "caption not UTF-8"),  # Latin-1
+    (b"x\xed\xa0\x80", ["x" + "\ufffd" * 3], "caption not UTF-8"),  # a lone surrogate
+    (b"word " * 20_000, [("word " * 20_000).strip()], None),  # 100 kB
+])
+def test_an_odd_caption_is_kept(tmp_path, raw, captions, reason):
+    write_tar(tmp_path / "0.tar", pair("x", raw))
+    assert problems_of(tmp_path) == ({reason: 1} if reason else {})
+    assert Shards(tmp_path).captions(0) == captions == caption_lines(raw)
+
+
+def test_the_caption_None_is_left_out_when_written(tmp_path):
+    write_shards(tmp_path, [("a", "png", picture(), [None]), *samples(1)])
+    assert problems_of(tmp_path) == {"empty caption": 1}
+
+
+def test_of_a_cut_tar_the_whole_samples_are_kept(tmp_path):
+    write_tar(tmp_path / "whole.tar", [*pair("a"), *pair("b", b"w " * 400), *pair("c")])
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        ends = [m.offset_data + m.size for m in tar]
+    raw = (tmp_path / "whole.tar").read_bytes()
+    for cut in (ends[1] - 1, ends[1], ends[2] - 5, ends[2] + 300, ends[3] - 1, ends[5]):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "0.tar").write_bytes(raw[:cut])
+        whole = sum(end <= cut for end in ends[1::2])
+        if whole == 0:
+            with pytest.raises(ValueError, match="1 x tar cut off"):
+                index_shards(folder)
+            continue
+        # cut after an image, or within a member: the sample's fate has one reason
+        assert sum(problems_of(folder).values()) == (0 if cut in (ends[1], ends[5]) else 1), cut
+        assert len(Shards(folder)) == whole
+
+
+def test_a_damaged_header_ends_a_shard_but_not_the_folder(tmp_path):
+    for name in ("0.tar", "1.tar"):
+        write_tar(tmp_path / name, [*pair("a"), *pair("b"), *pair("c")])
+    raw = bytearray((tmp_path / "0.tar").read_bytes())
+    raw[raw.index(b"b.png")] ^= 1
+    (tmp_path / "0.tar").write_bytes(raw)
+    assert problems_of(tmp_path) == {"tar cut off": 1}
+    names = [Shards(tmp_path).name(i) for i in range(4)]
+    assert names == ["0.tar:a", "1.tar:a", "1.tar:b", "1.tar:c"]
+
+
+def test_a_folder_without_shards_or_without_pairs_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no .tar shards"):
+        index_shards(tmp_path)
+    write_tar(tmp_path / "0.tar", [("a.png", picture())])
+    with pytest.raises(ValueError, match="holds no usable pair:.*1 x image without caption"):
+        index_shards(tmp_path)
+
+
+# ---------------------------------------------------------------- the index
+
+def test_stored_ids_are_the_tokenizer_s(tmp_path):
+    write_shards(tmp_path, [("a", "png", picture(), ["A dog", "two cats"]),
+                            ("b", "png", picture(), ["x"])], per_shard=1)
+    tokenizer = Tokenizer(VOCABULARY)
+    index_shards(tmp_path, tokenizer)
+    pairs = Shards(tmp_path, tokenizer)
+    found = [pairs.ids(i, c).tolist() for i, c in ((0, 0), (0, 1), (1, 0))]
+    assert found == tokenizer.encode(["A dog", "two cats", "x"])
+    assert [pairs.caption_count(i) for i in range(2)] == [2, 1]
+
+
+def test_each_vocabulary_has_its_own_ids(tmp_path):
+    write_shards(tmp_path, samples(3))
+    merge = base64.b64encode(b"pi").decode()
+    one, two = Tokenizer(VOCABULARY), Tokenizer(VOCABULARY + f"{merge} 512\n")
+    index_shards(tmp_path, one)
+    with pytest.raises(FileNotFoundError, match="index.json is missing"):
+        Shards(tmp_path, two)
+    index_shards(tmp_path, two)
+    for tokenizer in (one, two):
+        assert Shards(tmp_path, tokenizer).ids(2, 0).tolist() == tokenizer.encode(["picture 2"])[0]
+    assert Shards(tmp_path, one).fingerprint == Shards(tmp_path, two).fingerprint
+
+
+def test_a_fitting_index_is_not_built_again(tmp_path, capsys):
+    write_shards(tmp_path, samples(3))
+    index_shards(tmp_path)
+    assert "indexed" in capsys.readouterr().out
+    index_shards(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_changed_shard_is_noticed_and_indexed_again(tmp_path):
+    write_shards(tmp_path, samples(4), per_shard=2)
+    index_shards(tmp_path)
+    before = Shards(tmp_path).fingerprint
+    write_tar(tmp_path / "00001.tar", [*pair("new"), *pair("newer"), *pair("newest")])
+    with pytest.raises(ValueError, match="00001.tar and 0 more shards came, went or changed"):
+        Shards(tmp_path)
+    assert index_shards(tmp_path) == 5
+    assert Shards(tmp_path).fingerprint != before
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    for name, caption in (("a", "one"), ("b", "one"), ("c", "two")):
+        write_shards(tmp_path / name, [("k", "png", picture(), [caption])])
+        index_shards(tmp_path / name)
+    a, b, c = (Shards(tmp_path / name).fingerprint for name in "abc")
+    assert a == b != c  # c's shard has the same size
+    os.utime(tmp_path / "a" / "00000.tar", (0, 0))  # as after a copy: indexed again, the same
+    index_shards(tmp_path / "a")
+    assert Shards(tmp_path / "a").fingerprint == a
+
+
+class Failing(Tokenizer):
+    """Is interrupted at the third shard, and counts what it encodes."""
+
+    def encode(self, captions):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return super().encode(captions)
+
+
+def test_an_interrupted_build_goes_on_and_ends_the_same(tmp_path):
+    for name in ("stopped", "straight"):
+        write_shards(tmp_path / name, samples(8), per_shard=2)
+    index_shards(tmp_path / "straight", Tokenizer(VOCABULARY))
+    failing = Failing(VOCABULARY)
+    with pytest.raises(KeyboardInterrupt):
+        index_shards(tmp_path / "stopped", failing)
+    with pytest.raises(FileNotFoundError):
+        Shards(tmp_path / "stopped", failing)
+    index_shards(tmp_path / "stopped", failing)
+    assert failing.calls == 5  # two shards, the interrupt, the two shards left
+    assert arrays(tmp_path / "stopped") == arrays(tmp_path / "straight")
+
+
+def test_several_processes_build_the_same_index_as_one(tmp_path, monkeypatch):
+    write_shards(tmp_path / "one", samples(12), per_shard=2)
+    write_shards(tmp_path / "several", samples(12), per_shard=2)
+    index_shards(tmp_path / "one")
+    monkeypatch.setattr(shards, "BYTES_A_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    index_shards(tmp_path / "several")
+    assert arrays(tmp_path / "one") == arrays(tmp_path / "several")
+
+
+def test_ranks_that_index_at_once_build_once(tmp_path):
+    write_shards(tmp_path, samples(40), per_shard=1)
+    with multiprocessing.Pool(3) as pool:
+        assert pool.map(index_shards, [tmp_path] * 3) == [40] * 3
+    assert not list(tmp_path.glob("index/*.unfinished"))
+
+
+def test_going_to_a_worker_costs_no_arrays(tmp_path):
+    write_shards(tmp_path, samples(300))
+    index_shards(tmp_path)
+    sent = pickle.dumps(Shards(tmp_path))
+    assert len(sent) < 1000
+    assert pickle.loads(sent)[299] == (picture(299), ["picture 299"])
+
+
+def test_open_files_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    write_shards(tmp_path, samples(20), per_shard=1)
+    index_shards(tmp_path)
+    pairs, before = Shards(tmp_path), len(os.listdir("/proc/self/fd"))
+    assert [pairs[i][0] for i in range(20)] == [picture(i) for i in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+
+
+def test_a_shard_cut_while_in_use_is_an_error(tmp_path):
+    write_shards(tmp_path, samples(2))
+    index_shards(tmp_path)
+    pairs = Shards(tmp_path)
+    os.truncate(tmp_path / "00000.tar", 600)
+    with pytest.raises(ValueError, match="00000.tar became shorter while it was in use"):
+        pairs[1]
+
+
+# ---------------------------------------------------------------- check
+
+def test_check_reports_bad_members_by_reason_and_exits_1(tmp_path, capsys):
+    write_tar(tmp_path / "0.tar", [*pair("a"), ("b.jpg", b"<html>"), ("b.txt", b"b"),
+                                   ("c.png", b""), ("c.txt", b"c"), ("d.png", picture())])
+    with pytest.raises(SystemExit) as stop:
+        shards.main(["check", str(tmp_path)])
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert "1 good pairs in 1 shards, 3 problems" in printed
+    for reason in ("image: not an image (left out): 0.tar:b", "image: empty (left out): 0.tar:c",
+                   "image without caption (left out): 0.tar:d"):
+        assert f"1 x {reason}" in printed
+
+
+def test_check_of_sound_shards_exits_0(tmp_path):
+    write_shards(tmp_path, samples(5), per_shard=2)
+    with pytest.raises(SystemExit) as stop:
+        shards.main(["check", str(tmp_path)])
+    assert stop.value.code == 0
