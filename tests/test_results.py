@@ -1,0 +1,300 @@
+"""Result files, paired intervals, wins, seeds, power laws, against hand counts and planted truths."""
+import json
+
+import numpy as np
+import pytest
+
+from data import results
+from data.benchmarks import LISTS
+
+SHA = {"classnames_sha256": "c", "templates_sha256": "t", "samples_sha256": "s"}
+
+
+def task(accuracy=0.5, family="plain", n=100, classes=10, **more):
+    return {"metrics": {"acc1": accuracy, "acc5": None, "mean_per_class_recall": accuracy},
+            "main": "acc1", "family": family, "type": "classification", "n": n, "classes": classes,
+            **SHA, **more}
+
+
+def hits_of(accuracy, n=100):
+    right = np.arange(n) < accuracy * n
+    return {"acc1": right, "mean_per_class_recall": right, "labels": np.arange(n) % 10}
+
+
+def run(name, accuracies, seed=0, samples=1000, **more):
+    """(result, hits) of a run with the given accuracy on each set, {set: accuracy}."""
+    tasks = {key: task(value, **more) for key, value in accuracies.items()}
+    result = {"format": results.FORMAT, "run": name, "seed": seed, "samples": samples,
+              "warmup_samples": 0, "tasks": tasks}
+    return result, {key: hits_of(value) for key, value in accuracies.items()}
+
+
+def arm(name, *accuracies, **more):
+    return {"name": name, "runs": [run(f"{name}{seed}", values, seed, **more)
+                                   for seed, values in enumerate(accuracies)]}
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    result, hits = run("a", {"x": 0.3})
+    results.write_result(tmp_path / "a", result, hits)
+    read, arrays = results.read_result(tmp_path / "a.json")
+    assert read == result
+    assert all(np.array_equal(arrays["x"][key], array) for key, array in hits["x"].items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_text("{}"),
+                                   lambda path: path.write_text('{"format": '),
+                                   lambda path: path.with_suffix(".npz").write_bytes(b"PK")],
+                         ids=["another JSON", "cut JSON", "cut arrays"])
+def test_a_broken_result_is_refused_in_one_line(tmp_path, spoil):
+    results.write_result(tmp_path / "a", *run("a", {"x": 0.3}))
+    spoil(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=r"a\.json: not a result") as caught:
+        results.read_result(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_result_without_its_arrays_is_missing(tmp_path):
+    results.write_result(tmp_path / "a", *run("a", {"x": 0.3}))
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.npz"):
+        results.read_result(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------ intervals
+
+
+def test_equal_runs_differ_by_exactly_nothing():
+    hits = hits_of(0.3)
+    draws = results.paired_draws([hits], [hits], "acc1", "x")
+    assert results.interval(draws) == [0, 0]
+
+
+def test_the_paired_interval_has_the_textbook_width():
+    # 1,000 samples: 100 only b has right, 50 only a: variance of a difference 0.15 - 0.05^2
+    a, b = np.zeros(1000, bool), np.zeros(1000, bool)
+    b[:100], a[100:150] = True, True
+    low, high = results.interval(results.paired_draws([{"acc1": a}], [{"acc1": b}], "acc1", "x"))
+    half = 1.96 * np.sqrt((0.15 - 0.05 ** 2) / 1000)
+    assert (low, high) == pytest.approx((0.05 - half, 0.05 + half), abs=0.003)  # 2,000 draws
+
+
+def test_draws_are_the_same_whenever_they_are_repeated():
+    a, b = hits_of(0.3), hits_of(0.5)
+    first, again = (results.paired_draws([a], [b], "acc1", "x") for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_per_class_recall_is_drawn_within_classes():
+    # class 0: 99 samples, all gained; class 1: a single one, lost. Classes weigh the same.
+    labels = np.array([0] * 99 + [1])
+    a = {"mean_per_class_recall": labels == 1, "labels": labels}
+    b = {"mean_per_class_recall": labels == 0, "labels": labels}
+    draws = results.paired_draws([a], [b], "mean_per_class_recall", "x")
+    assert np.all(draws == 0)  # (1 - 1) / 2 in every draw: no class is ever absent
+
+
+def test_an_image_is_drawn_with_all_its_captions():
+    image_of = np.array([0, 0, 0, 1])  # uneven: three captions and one
+    numerators, denominators, _ = results.units(
+        {"image_retrieval_recall@1": np.array([1, 0, 1, 1], bool), "image_of": image_of},
+        "image_retrieval_recall@1")
+    assert numerators.tolist() == [[2], [1]] and denominators.tolist() == [[3], [1]]
+    hits = [{"image_retrieval_recall@1": right, "image_of": image_of}
+            for right in (np.zeros(4, bool), np.array([1, 1, 1, 0], bool))]
+    draws = results.paired_draws([hits[0]], [hits[1]], "image_retrieval_recall@1", "x")
+    assert set(np.unique(draws)) == {0, 0.75, 1}  # image 1 twice, both, image 0 twice
+
+
+def test_mean_recall_is_the_mean_of_both_directions_in_every_draw():
+    rng = np.random.default_rng(0)
+    image_of = np.repeat(np.arange(50), 5)
+    a, b = ({"image_retrieval_recall@1": rng.random(250) < p,
+             "text_retrieval_recall@1": rng.random(50) < p, "image_of": image_of}
+            for p in (0.3, 0.6))
+    draws = results.paired_draws([a], [b], "mean_recall@1", "x")
+    expected = sum(b[key].mean() - a[key].mean() for key in a if key != "image_of") / 2
+    assert draws.mean() == pytest.approx(expected, abs=0.01)
+
+
+def test_average_precision_has_no_interval():
+    assert results.paired_draws([{}], [{}], "mean_average_precision", "x") is None
+
+
+def test_student_t_agrees_with_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn")
+    for freedom in (1, 2, 7, 30, 31, 40, 100, 1000):
+        assert results.t975(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=0.003)
+
+
+def test_seed_intervals_agree_with_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn")
+    a, b = [0.30, 0.34, 0.31, 0.36, 0.33], [0.35, 0.37, 0.33, 0.41, 0.36]
+    low, high = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert results.seed_interval(a, b, paired=True) == pytest.approx([low, high], abs=1e-4)
+    low, high = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    ours = results.seed_interval(a, b, paired=False)
+    assert ours == pytest.approx([low, high], abs=2e-3) and ours[0] <= low  # degrees rounded down
+
+
+@pytest.mark.parametrize("wins, losses, p", [(8, 2, 112 / 1024), (2, 8, 112 / 1024), (5, 5, 1),
+                                             (0, 0, 1), (23, 6, 0.0023)])
+def test_the_sign_test_counts_coin_flips(wins, losses, p):
+    # 8 of 10: 2 x (1 + 10 + 45) / 1024.  23 of 29 as in the paper: by the binomial table
+    assert results.sign_test(wins, losses) == pytest.approx(p, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------ comparison
+
+
+def test_wins_ties_and_losses_are_counted_to_the_first_arm():
+    found = results.compare([arm("base", {"x": 0.3, "y": 0.5, "z": 0.2, "w": 0.9}),
+                             arm("pi", {"x": 0.6, "y": 0.5, "z": 0.1, "w": 0.91})])
+    count = found["counts"]["pi"]["top-1"]
+    assert (count["compared"], count["wins"], count["ties"], count["losses"]) == (4, 2, 1, 1)
+    assert (count["clear_wins"], count["clear_losses"]) == (1, 1)  # w's one sample is not clear
+    assert found["sets"]["x"]["arms"]["pi"]["acc1"]["delta"] == pytest.approx(0.3)
+
+
+def test_a_family_mean_is_over_k_of_k_sets_of_the_list():
+    rows = LISTS["code"]
+    found = results.compare([arm("base", {"imagenetv2": 0.2, "imagenet-a": 0.4, "own": 0.9},
+                                 family="imagenet-ood")], rows)
+    family = found["families"]["imagenet-ood"]
+    assert (family["k"], family["K"]) == (2, 6)
+    assert family["arms"]["base"]["mean"] == pytest.approx(0.3)
+    assert found["families"]["all classification"]["K"] == 29
+    assert found["families"]["vtab"] == {"k": 0, "K": 12, "sets": [], "arms": {}}
+
+
+def test_the_interval_of_a_family_mean_is_narrower_than_its_sets():
+    names = [f"set{i}" for i in range(9)]
+    found = results.compare([arm("base", dict.fromkeys(names, 0.3)),
+                             arm("pi", dict.fromkeys(names, 0.5))])
+
+    def width(value):
+        return np.ptp(value["delta_interval"])
+    one = np.mean([width(found["sets"][name]["arms"]["pi"]["acc1"]) for name in names])
+    mean = width(found["families"]["plain"]["arms"]["pi"])
+    assert mean == pytest.approx(one / 3, rel=0.15)  # nine independent sets
+
+
+def test_absent_rows_say_missing_once_any_row_is_there():
+    rows = LISTS["plan"]
+    text = results.markdown(results.compare([arm("base", {"sun397": 0.2})], rows), rows)
+    assert text.count("missing") >= 30 and "birdsnap" in text and "62.5/91.3" in text
+    own = results.markdown(results.compare([arm("base", {"own": 0.2})], rows), rows)
+    assert "missing" not in own and "imagenet1k" not in own
+
+
+@pytest.mark.parametrize("key, word", [("classnames_sha256", "class names"),
+                                       ("templates_sha256", "templates"),
+                                       ("samples_sha256", "samples")])
+def test_runs_that_met_different_tests_are_refused(key, word):
+    arms = [arm("base", {"x": 0.3}), arm("pi", {"x": 0.4})]
+    arms[1]["runs"][0][0]["tasks"]["x"][key] = "other"
+    with pytest.raises(ValueError, match=f"x: base0 and pi0 had different {word}"):
+        results.compare(arms)
+
+
+def test_a_set_that_one_run_lacks_is_named_and_left_out():
+    found = results.compare([arm("base", {"x": 0.3, "y": 0.3}), arm("pi", {"x": 0.4})])
+    assert list(found["sets"]) == ["x"] and found["not_in_every_run"] == ["y"]
+    assert "left out: y." in results.markdown(found)
+
+
+def test_an_arm_of_seeds_has_mean_deviation_and_paired_interval():
+    found = results.compare([arm("base", {"x": 0.2}, {"x": 0.3}, {"x": 0.4}),
+                             arm("pi", {"x": 0.3}, {"x": 0.4}, {"x": 0.5})])
+    value = found["sets"]["x"]["arms"]["pi"]["acc1"]
+    assert (value["mean"], value["sd"], value["seeds"]) == pytest.approx((0.4, 0.1, 3))
+    assert value["delta_seed_interval"] == pytest.approx([0.1, 0.1])  # each seed gains the same
+    assert "40.0 ± 10.0 (+10.0" in results.markdown(found)
+
+
+def test_other_seeds_are_not_taken_for_pairs():
+    arms = [arm("base", {"x": 0.2}, {"x": 0.3}), arm("pi", {"x": 0.3}, {"x": 0.4})]
+    arms[1]["runs"][0][0]["seed"] = 7
+    low, high = results.compare(arms)["sets"]["x"]["arms"]["pi"]["acc1"]["delta_seed_interval"]
+    assert low < 0.1 < high
+
+
+def test_the_markdown_is_a_table_with_as_many_cells_in_every_line():
+    text = results.markdown(results.compare([arm("base", {"x": 0.3}), arm("pi", {"x": 0.4})]))
+    lines = [line for line in text.split("\n\n")[0].splitlines()]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "40.0 (+10.0 [" in lines[2]
+
+
+def test_everything_said_is_json():
+    found = results.compare([arm("base", {"x": 0.3}), arm("pi", {"x": 0.4})], LISTS["code"])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+# ------------------------------------------------------------------------------ scaling
+
+
+def test_the_fit_recovers_a_planted_power_law():
+    samples = np.array([1e4, 3e4, 1e5, 3e5, 1e6])
+    fit = results.fit_power_law(samples, 0.002 * samples ** 0.37)
+    assert (fit["exponent"], fit["factor"], fit["r2"]) == pytest.approx((0.37, 0.002, 1))
+    assert fit["interval"] == pytest.approx([0.37, 0.37])
+
+
+def test_the_fit_agrees_with_scipy_on_noise():
+    stats = pytest.importorskip("scipy.stats", reason="comes with scikit-learn")
+    samples = np.geomspace(1e3, 1e6, 8)
+    values = samples ** 0.2 * np.exp(np.random.default_rng(0).normal(0, 0.1, 8))
+    fit, line = results.fit_power_law(samples, values), stats.linregress(*np.log([samples, values]))
+    assert (fit["exponent"], fit["r2"]) == pytest.approx((line.slope, line.rvalue ** 2))
+    half = stats.t.ppf(0.975, 6) * line.stderr
+    assert fit["interval"] == pytest.approx([line.slope - half, line.slope + half], abs=1e-4)
+
+
+def test_two_points_have_no_interval_and_one_has_no_fit():
+    assert results.fit_power_law([10, 100], [0.1, 0.2])["interval"] is None
+    assert results.fit_power_law([10], [0.1]) is None
+
+
+def test_samples_to_a_score_are_read_between_points_on_a_log_axis():
+    points = [(100, 0.1), (10_000, 0.3)]
+    assert results.samples_to_reach(points, 0.2) == pytest.approx(1000)
+    assert results.samples_to_reach(points, 0.05) == 100
+    assert results.samples_to_reach(points, 0.4) is None
+
+
+def milestones(name, values, **more):
+    """An arm of one seed whose only set "x" has the given values at 1,000, 2,000, ... samples."""
+    runs = [run(f"{name}@{i}", {"x": value}, samples=1000 * i, **more)
+            for i, value in enumerate(values, 1)]
+    return {"name": name, "seeds": [runs]}
+
+
+def test_scaling_tells_when_the_baselines_final_score_is_reached():
+    curves = results.scaling([milestones("base", [0.3, 0.4, 0.5]),
+                              milestones("pi", [0.4, 0.5, 0.6])])["curves"]["mean of plain"]
+    assert curves["base"]["samples_to_baseline"] == pytest.approx(3000)
+    assert curves["pi"]["samples_to_baseline"] == pytest.approx(2000)
+    assert curves["pi"]["fit"]["points"] == 3
+
+
+def test_points_of_the_warm_up_are_shown_but_not_fitted():
+    base = milestones("base", [0.3, 0.4, 0.5])
+    for result, _ in base["seeds"][0]:
+        result["warmup_samples"] = 1000
+    curve = results.scaling([base])["curves"]["x"]["base"]
+    assert len(curve["points"]) == 3 and curve["fitted"] == [2000, 3000]
+
+
+def test_a_set_within_two_standard_errors_of_chance_is_left_out():
+    # chance 0.1 of 100 samples: standard error 0.03
+    assert results.scaling([milestones("base", [0.1, 0.15])])["near_chance"] == ["x"]
+    assert results.scaling([milestones("base", [0.1, 0.17])])["near_chance"] == []
+
+
+def test_the_caveat_is_with_the_curves():
+    assert "not independent budgets" in results.scaling([milestones("base", [0.3, 0.4])])["caveat"]
