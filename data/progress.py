@@ -15,20 +15,21 @@ class Progress:
     def __init__(self, name, total, unit, done=0):
         self.name, self.total, self.unit = name, total, unit
         self.done = self.done_before = done
-        self.start_time = self.shown = time.monotonic()
+        self.start_time, self.shown = None, time.monotonic()
 
     def add(self, amount=1):
         """Count `amount` more units; print if the last line is old enough."""
         self.done += amount
+        if self.start_time is None:  # until now processes were starting: no part of the rate
+            self.start_time, self.done_before = time.monotonic(), self.done
         if time.monotonic() - self.shown > _EVERY:
             self.show()
 
     def show(self):
         """Print the line now."""
         self.shown = time.monotonic()
-        rate = (self.done - self.done_before) / max(self.shown - self.start_time, 1e-3)
-        left = (self.total - self.done) / rate if rate else float("inf")
-        eta = f"eta {left / 60:,.1f} min" if left < float("inf") else "eta unknown"
+        rate = (self.done - self.done_before) / max(self.shown - (self.start_time or 0), 1e-3)
+        eta = f"{(self.total - self.done) / rate / 60:,.1f} min" if rate else "unknown"
         share = self.done / max(self.total, 1)
         print(f"{self.name}: {self.done:,.0f} of {self.total:,.0f} {self.unit} ({share:.0%}), "
-              f"{rate:,.1f} {self.unit}/s, {eta}", flush=True)
+              f"{rate:,.1f} {self.unit}/s, eta {eta}", flush=True)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from data import benchmarks, prepare_benchmarks, prepare_nights, prepare_yfcc15m
 from data.download import CHUNK, download, hub_files
+from data.progress import Progress
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
 
@@ -648,3 +649,16 @@ def test_without_pyarrow_one_line_says_what_to_install(release, tmp_path, vocabu
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         prepare(release, tmp_path / "out", vocabulary)
+
+
+# ---------------------------------------------------------------------------------------- progress
+
+def test_progress_gives_the_rate_since_the_first_unit_and_the_time_left(monkeypatch, capsys):
+    clock = iter([0.0, 100.0, 100.0, 120.0, 120.0])  # made; first unit after 100 s; the next after 20
+    monkeypatch.setattr("data.progress.time.monotonic", lambda: next(clock))
+    line = Progress("files", 16, "files", done=5)
+    monkeypatch.setattr("data.progress._EVERY", 1e9)
+    line.add()
+    monkeypatch.setattr("data.progress._EVERY", 0)
+    line.add(2)
+    assert capsys.readouterr().out == ("files: 8 of 16 files (50%), 0.1 files/s, eta 1.3 min\n")
