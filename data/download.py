@@ -89,7 +89,7 @@ def sha256_of(path):
 
 
 def check_room(folder, needed):
-    """ValueError unless the disk of `folder` has `needed` bytes: better now than when it is full."""
+    """ValueError unless the disk of `folder` has `needed` free bytes: better now than when full."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"{folder}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")

@@ -14,11 +14,13 @@ PNG and WebP files are stored as they are. --held_out=0.05 puts that share into 
 chosen by a hash of the file's name: it stays out however often you pack, and whatever you add.
 
 TARGET gets NAME-00000.tar ... (NAME: --name, else the folder's own), so several packs can share it;
-NAME.json counts pairs and skips, NAME.skipped.tsv names each skipped file and the reason. Nothing
-appears in TARGET before everything is done. Memory: the captions, and 8 pictures a process.
+NAME.json counts pairs and skips, NAME.skipped.tsv names each skipped file and the reason. Of equal
+files only the first is taken. Nothing appears in TARGET before everything is done. Memory: the
+captions, 100 bytes a picture, and 8 pictures a process.
 """
 import argparse
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -98,7 +100,8 @@ def listed_captions(file):
     rows = csv_rows(file) if file.suffix == ".csv" else json_rows(file)
     captions = {}
     try:
-        for number, row in enumerate(rows, 1):
+        # rows are counted as a spreadsheet does, the header of a .csv being row 1
+        for number, row in enumerate(rows, 2 if file.suffix == ".csv" else 1):
             name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
             texts = next((row[column] for column in CAPTION_COLUMNS if column in row), 0)
             texts = texts if isinstance(texts, list) else [texts]
@@ -184,7 +187,8 @@ def in_order(function, inputs, workers):
     if workers == 1:
         yield from map(function, inputs)
         return
-    # "spawn": a forked copy of a process that has used torch's threads can hang
+    # "spawn", although it imports torch anew (2 s): a forked copy of a process that has used
+    # torch's threads can hang
     context, inputs = multiprocessing.get_context("spawn"), iter(inputs)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         running = deque(pool.submit(function, item) for item in islice(inputs, 8 * workers))
@@ -221,7 +225,7 @@ def pack(args):
     images, target = args.images, args.target
     if not 0 <= args.held_out < 1:
         raise ValueError(f"--held_out={args.held_out}: must be a share, at least 0 and below 1")
-    if any(target.glob(f"{args.name}-*.tar")):
+    if any(target.glob(f"{glob.escape(args.name)}-[0-9]*.tar")):
         raise ValueError(f"{target} has {args.name}-*.tar already; remove them or give --name")
     pairs, skipped = find_captions(images, find_pictures(images), args.captions, args.lines)
     draft, seen, report = target / f"{args.name}.unfinished", set(), {}
@@ -238,8 +242,8 @@ def pack(args):
         os.replace(shard, place / f"{args.name}-{shard.name}")
     shutil.rmtree(draft)
     report["skipped"] = dict(Counter(reason for _, reason in skipped).most_common())
-    report["settings"] = {name: str(value) for name, value in vars(args).items()}
-    (target / f"{args.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    report["settings"] = vars(args)
+    (target / f"{args.name}.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
     with open(target / f"{args.name}.skipped.tsv", "w", errors="surrogateescape") as file:
         file.writelines(f"{name}\t{reason}\n" for name, reason in sorted(skipped))
     return report

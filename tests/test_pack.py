@@ -193,8 +193,8 @@ def test_an_interrupted_pack_leaves_no_shard_and_can_be_repeated(images, tmp_pat
 
 
 @pytest.mark.parametrize("name, text, message", [
-    ("c.csv", "name,words\ncat.png,a cat\n", "row 1: needs a file .* and a caption"),
-    ("c.csv", "file,words\ncat.png,a cat\n", "row 1: needs a file .* and a caption"),
+    ("c.csv", "name,words\ncat.png,a cat\n", "row 2: needs a file .* and a caption"),
+    ("c.csv", "file,words\ncat.png,a cat\n", "row 2: needs a file .* and a caption"),
     ("c.jsonl", '{"file": "cat.png", "caption": "a"}\n{"file"\n', "row 2: not JSON"),
     ("c.jsonl", "[1]\n", "row 1: not an object"),
     ("c.jsonl", '{"file": "cat.png", "caption": 3}\n', "row 1: needs"),
