@@ -22,10 +22,9 @@ crop = (0.5, 1.0)
 flip = 0.5           # a few letters and flags suffer, most things do not
 
 batch_size = 256
-epochs = 30
+epochs = 20
 warmup_steps = 50
 lr = 2e-3
-weight_decay = 0.5   # thirty times the same 7,373 pairs: without it the last epochs only memorise
 dtype = "float32"
 compile = False
 workers = 0
