@@ -32,12 +32,13 @@ class Server(http.server.ThreadingHTTPServer):
     files: {path: bytes}; cut: bytes after which each reply ends, though it promised more;
     ranges: whether it honours Range; log: (path, Range header) of each request;
     fail: {path: [status codes of the first replies]}; page: entries per page of a listing;
-    pauses: seconds that the first replies keep silent for.
+    pauses: seconds that the first replies keep silent for; moved: {path: where to go instead}.
     """
 
-    def __init__(self, files, cut=None, ranges=True, fail=None, page=1000, pauses=()):
+    def __init__(self, files, cut=None, ranges=True, fail=None, page=1000, pauses=(), moved=None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.cut, self.ranges, self.fail = files, cut, ranges, fail or {}
+        self.files, self.cut, self.ranges = files, cut, ranges
+        self.fail, self.moved = fail or {}, moved or {}
         self.page, self.pauses, self.log = page, list(pauses), []
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -59,6 +60,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server.log.append((path, asked))
         if server.fail.get(path):
             return self.send_error(server.fail[path].pop(0))
+        if path in server.moved:
+            self.send_response(302)
+            self.send_header("Location", server.moved[path])
+            return self.end_headers()
         if path.startswith("/api/datasets/"):
             return self.listing()
         if path not in server.files:
@@ -130,6 +135,14 @@ def test_a_part_left_by_a_killed_run_is_gone_on_from(tmp_path):
     with Server({"/a.bin": BODY}) as server:
         path = download(server.address + "/a.bin", tmp_path / "a.bin")
         assert server.log == [("/a.bin", "bytes=1000-")]
+    assert path.read_bytes() == BODY
+
+
+def test_a_redirected_download_is_gone_on_from(tmp_path):  # the hub redirects large files
+    (tmp_path / "a.bin.part").write_bytes(BODY[:1000])
+    with Server({"/b.bin": BODY}, moved={"/a.bin": "/b.bin"}) as server:
+        path = download(server.address + "/a.bin", tmp_path / "a.bin")
+        assert server.log[1] == ("/b.bin", "bytes=1000-")
     assert path.read_bytes() == BODY
 
 
