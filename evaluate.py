@@ -20,9 +20,7 @@ import dataclasses
 import os
 import platform
 import re
-import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +28,12 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from configs import load_config, run_main
 from data import benchmarks, results
 from data.images import BadImage, decode, eval_image, normalise
+from data.neighbours import Pool, draw_rows
 from data.ranks import Ranks
-from data.shards import Shards, index_shards
 from data.text import Tokenizer
 from data.triplets import Triplets
 from model import CLIP, SIZES, VisionTower, load_clip, load_vision, read_checkpoint
@@ -76,7 +73,7 @@ class Config:
 
 
 def read_arguments(arguments):
-    """Positional arguments -> arms [{"name", "seeds": [[path, ...] by samples, ...]}]."""
+    """Positionals -> arms [{"name", "seeds": [[path, ...] by samples, ...]}], {path: run name}."""
     arms = []
     for argument in arguments:
         name, equals, paths = argument.partition("=")
@@ -118,11 +115,9 @@ def run_names(paths):
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"{twice}: given twice")
-    taken = {"comparison", "scaling"}  # names of this script's other files
     for depth in range(20):
         names = {path: run_name(path, depth) for path in paths}
-        counts = [*names.values()]
-        if not taken & set(counts) and len(set(counts)) == len(counts):
+        if len({*names.values(), "comparison", "scaling"}) == len(paths) + 2:  # our other files
             return names
     raise ValueError(f"{', '.join(paths)}: no distinct names for these; rename a folder")
 
@@ -146,15 +141,11 @@ def run_name(path, depth):
 
 def find_benchmarks(config):
     """{set name: BenchmarkSet}, all indexed and checked against their rows before a model runs."""
-    if not config.benchmarks:
-        return {}
-    sets = {}
-    for name, folder in benchmarks.find_sets(config.benchmarks).items():
-        sets[name] = found = benchmarks.BenchmarkSet(folder)
-        if difference := benchmarks.unlike_row(found):
-            if not config.partial:
-                raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
-            print(f"partial: {difference}")
+    folders = benchmarks.find_sets(config.benchmarks) if config.benchmarks else {}
+    sets = {name: benchmarks.BenchmarkSet(folder) for name, folder in folders.items()}
+    for found in sets.values():
+        if (difference := benchmarks.unlike_row(found)) and not config.partial:
+            raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
     return sets
 
 
@@ -233,23 +224,21 @@ def open_vocabulary(path, clip, config):
 
 def evaluate_checkpoint(name, path, sets, triplets, config, ranks, device):
     """Evaluate what is not in its result file yet; returns (result, hits). Writes set by set."""
-    target = os.path.join(config.out, name)
     if path.endswith(".json"):
         return results.read_result(path)
-    model = open_model(path, config, device)
+    target, model = os.path.join(config.out, name), open_model(path, config, device)
     if sets and model.clip and not model.tokenizer:
         raise ValueError(f"{path}: brings no vocabulary; give --vocabulary=data/clip.tiktoken "
                          "(python -m data.prepare_vocabulary clip makes it)")
-    result, hits = begin_result(name, target, model, sets, config)
+    if not (model.clip or triplets):
+        raise ValueError(f"{path}: is a vision tower only; give --nights")
+    result, hits = begin_result(name, target, model, config)
     prompts, start = {}, time.time()
-    jobs = {set_name: found for set_name, found in sets.items() if model.clip}
-    jobs |= {"nights": triplets} if triplets else {}
+    jobs = (sets if model.clip else {}) | ({"nights": triplets} if triplets else {})
     done = ranks.collect([key for key, found in jobs.items()
                           if fits(result["tasks"].get(key), found)])[0]  # as rank 0 has it
-    for key, found in jobs.items():
-        if key in done:
-            continue
-        label = f"{name}: {key}"
+    for key in [key for key in jobs if key not in done]:
+        label, found = f"{name}: {key}", jobs[key]
         if key == "nights":
             tasks = benchmarks.evaluate_triplets(
                 model.encode, found, model.vision.config.image_size, device, config.batch_size,
@@ -262,22 +251,28 @@ def evaluate_checkpoint(name, path, sets, triplets, config, ranks, device):
             hits[task_name] = task.pop("hits")
             result["tasks"][task_name] = task
         if ranks.rank == 0:
-            results.write_result(target, result, hits)
+            write_result(target, result, hits, config)
             print(describe(label, result["tasks"][key]), flush=True)
     if ranks.rank == 0:
-        results.write_result(target, result, hits)
+        write_result(target, result, hits, config)
         print(f"{name}: {len(jobs)} sets, {len(done)} of them from before, "
               f"{time.time() - start:.1f} s", flush=True)
     return result, hits
 
 
-def begin_result(name, target, model, sets, config):
+def write_result(target, result, hits, config):
+    """Write what there is so far, with the rows of the list that are still missing."""
+    result["missing"] = [row.sets[0] for row in benchmarks.LISTS[config.list]
+                         if row.sets[0] not in result["tasks"]]
+    results.write_result(target, result, hits)
+
+
+def begin_result(name, target, model, config):
     """The run's earlier result if it is of the same weights and precision, else an empty one."""
-    missing = [row.sets[0] for row in benchmarks.LISTS[config.list] if row.sets[0] not in sets]
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "pillow": PIL.__version__}
     result = {"format": results.FORMAT, "run": name, **model.about, "versions": versions,
-              "list": config.list, "tasks": {}, "missing": missing}
+              "list": config.list, "missing": [], "tasks": {}}
     if os.path.exists(f"{target}.json"):
         earlier, hits = results.read_result(target)
         if all(earlier[key] == result[key] for key in ("sha256", "precision", "quick_gelu")):
@@ -287,9 +282,9 @@ def begin_result(name, target, model, sets, config):
 
 def fits(task, found):
     """Whether an earlier task was measured on the set (or triplets) as it is now."""
-    if task is None or isinstance(found, Triplets):
-        return task is not None and task["samples_sha256"] == found.fingerprint
-    return all(task[key] == value for key, value in found.fingerprints.items())
+    now = ({"samples_sha256": found.fingerprint} if isinstance(found, Triplets)
+           else found.fingerprints)
+    return task is not None and all(task[key] == value for key, value in now.items())
 
 
 def describe(label, task):
@@ -302,37 +297,8 @@ def describe(label, task):
 # ------------------------------------------------------------------------------ looking
 
 
-class Pool:
-    """The first pairs of a folder, as far as they are readable: images, and first captions."""
-
-    def __init__(self, folder, count):
-        shards, threads = Shards(folder), ThreadPoolExecutor()
-        count = min(count, len(shards))
-        found = list(threads.map(lambda i: read_pair(shards, i), range(count)))
-        pairs = [pair for pair in found if pair]
-        print(f"{folder}: searching {len(pairs)} images of {len(shards)}, "
-              f"{count - len(pairs)} unreadable ones left out")
-        self.images, self.captions = map(list, zip(*pairs))
-
-    def __len__(self):
-        return len(self.images)
-
-    def image(self, i):
-        return self.images[i]
-
-
-def read_pair(shards, i):
-    """(Pillow image, caption) of pair i, None if the image is unreadable."""
-    content, captions = shards[i]
-    try:
-        return decode(content), captions[0]
-    except BadImage:
-        return None
-
-
 def look(names, config, device):
     """Draw what each checkpoint finds nearest to --query or --image: <out>/query.png."""
-    index_shards(config.images)
     pool, rows, asked = Pool(config.images, config.pool), [], None
     if config.image:
         try:
@@ -341,22 +307,31 @@ def look(names, config, device):
             raise ValueError(f"image={config.image}: {error}") from None
     for path, name in names.items():
         model = open_model(path, config, device)
-        size = model.vision.config.image_size
-        images = benchmarks.embed(model.encode, benchmarks.Pixels(pool, size), device,
-                                  config.batch_size)  # (n,E)
         if config.query:
-            rows.append((f"{name}: images", images @ embed_texts(model, [config.query], device)[0]))
+            text = embed_texts(model, [config.query], device)[0]  # (E,)
+            rows.append((f"{name}: images", embed_pool(model, pool, device) @ text))
         if config.image:
-            pixels = normalise(eval_image(asked, size)[None].to(device))  # (1,3,S,S)
-            with torch.no_grad():
-                query = model.encode(pixels).cpu()[0]  # (E,)
-            rows.append((f"{name}: images", images @ query))
-            if model.tokenizer:
-                texts = embed_texts(model, pool.captions, device)  # (n,E)
-                rows.append((f"{name}: captions", texts @ query))
+            rows += nearest_to_image(name, model, asked, pool, device)
     target = os.path.join(config.out, "query.png")
     draw_rows(config.query or config.image, asked, rows, pool).save(target)
     print(f"nearest to {config.query or config.image}: {target}")
+
+
+def nearest_to_image(name, model, asked, pool, device):
+    """[(label, similarities (n,))]: of the pool's images and, with a text side, its captions."""
+    pixels = normalise(eval_image(asked, model.vision.config.image_size)[None])  # (1,3,S,S)
+    with torch.no_grad():
+        query = model.encode(pixels.to(device))[0].cpu()  # (E,)
+    rows = [(f"{name}: images", embed_pool(model, pool, device) @ query)]
+    if model.tokenizer:
+        rows.append((f"{name}: captions", embed_texts(model, pool.captions, device) @ query))
+    return rows
+
+
+def embed_pool(model, pool, device):
+    """Unit embeddings (n,E) of the pool's images."""
+    items = benchmarks.Pixels(pool, model.vision.config.image_size)
+    return benchmarks.embed(model.encode, items, device, batch_size=64)
 
 
 def embed_texts(model, texts, device):
@@ -367,28 +342,6 @@ def embed_texts(model, texts, device):
     return benchmarks.embed_texts(model.clip, model.tokenizer, texts, {}, device)
 
 
-def draw_rows(title, asked, rows, pool, side=128, columns=8):
-    """A picture: for each (label, similarities (n,)) the most similar pairs, best first."""
-    font, line = ImageFont.load_default(12), 14  # pixels
-    height = side + 5 * line
-    size = columns * (side + 8) + 8, 2 * line + (len(rows) + bool(asked)) * (height + line)
-    sheet = Image.new("RGB", size, "white")
-    pen, top = ImageDraw.Draw(sheet), 2 * line
-    pen.text((8, 6), f"nearest to: {title}", "black", font)
-    if asked:
-        sheet.paste(ImageOps.contain(asked, (side, side)), (8, top))
-        top += height
-    for label, similar in rows:
-        pen.text((8, top), label, "black", font)
-        for column, i in enumerate(similar.topk(min(columns, len(pool))).indices.tolist()):
-            left = 8 + column * (side + 8)
-            sheet.paste(ImageOps.contain(pool.images[i], (side, side)), (left, top + line))
-            caption = textwrap.wrap(f"{similar[i]:.2f} {pool.captions[i]}", 21)[:4]
-            pen.multiline_text((left, top + line + side + 2), "\n".join(caption), "black", font)
-        top += height + line
-    return sheet
-
-
 # ------------------------------------------------------------------------------ main
 
 
@@ -397,6 +350,9 @@ def main(argv=None):
     rows = benchmarks.LISTS[config.list]
 
     # ---- everything named on the command line; complaints come before any work
+    if not arguments:
+        raise ValueError("which checkpoints? For example: python evaluate.py out/toy/ckpt.pt "
+                         "--benchmarks=data/toy/benchmarks (--help says more)")
     arms, names = read_arguments(arguments)
     sets = find_benchmarks(config)
     triplets = Triplets(config.nights, "test") if config.nights else None

@@ -1,4 +1,4 @@
-"""Result files, paired intervals, wins, seeds, power laws, against hand counts and planted truths."""
+"""Result files, paired intervals, wins, seeds and power laws, against hand counts and truths."""
 import json
 
 import numpy as np

@@ -1,0 +1,420 @@
+"""evaluate.py from the command line on: names, result files, resuming, ranks, curves, pictures."""
+import base64
+import dataclasses
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from data import benchmarks
+from data.benchmarks import LISTS, write_set
+from data.neighbours import Pool
+from data.shards import write_shards
+from data.text import Tokenizer
+from model import CLIP, FORMAT, SIZES, load_clip, write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES = "".join(f"{base64.b64encode(bytes([byte]) + bytes(mark)).decode()} {256 * mark + byte}\n"
+                for mark in (0, 1) for byte in range(256))  # a vocabulary of single bytes
+SIZE = dataclasses.replace(SIZES["toy"], vocab_size=514, vision_layers=1, text_layers=1)
+
+
+def pictures(count, seed):
+    """`count` noisy PNGs of 40 x 36."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(buffer, "PNG")
+        yield buffer.getvalue()
+
+
+def draw_set(folder, name, n=30, classes="abcdef", templates=("a {c}", "{c}."), seed=0):
+    samples = [(f"s{i:03}", "png", picture, i % len(classes))
+               for i, picture in enumerate(pictures(n, seed))]
+    return write_set(folder, name, list(classes), list(templates), samples, "plain")
+
+
+def draw_checkpoint(path, seed=0, kind="clip", samples=1000, vocabulary=BYTES, vocab_size=514):
+    torch.manual_seed(seed)
+    clip = CLIP(dataclasses.replace(SIZE, vocab_size=vocab_size))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, {
+        "format": FORMAT, "kind": kind, "model": dataclasses.asdict(clip.config),
+        "weights": (clip if kind == "clip" else clip.vision).state_dict(), "optimizer": None,
+        "step": samples // 10, "samples": samples, "data": "none", "vocabulary": vocabulary,
+        "config": {"seed": seed, "warmup_steps": 10, "batch_size": 10}})
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Sets "letters" and "scenes", 12 judgements, 20 pairs, runs base and pi, a stage 1 tower."""
+    world = tmp_path_factory.mktemp("world")
+    draw_set(world / "sets", "letters")
+    captions = [[f"caption {i} {j}" for j in range(1 + i % 3)] for i in range(20)]
+    write_set(world / "sets", "scenes", [], [],
+              [(f"s{i:03}", "png", picture, captions[i])
+               for i, picture in enumerate(pictures(20, 1))], "retrieval", "retrieval")
+    lines = ["id,left_vote,right_vote,votes,ref_path,left_path,right_path,split,is_imagenet,prompt"]
+    for i, picture in enumerate(pictures(36, 2)):
+        (world / f"{i}.png").write_bytes(picture)
+    for i in range(12):
+        lines.append(f"{i},{i % 2},{1 - i % 2},7,{3 * i}.png,{3 * i + 1}.png,{3 * i + 2}.png,test,"
+                     f"{i % 3 == 0},noise")
+    (world / "data.csv").write_text("\n".join(lines) + "\n")
+    write_shards(world / "pairs", ((f"{i:03}", "png", picture, [f"picture {i}"])
+                                   for i, picture in enumerate(pictures(20, 3))))
+    for seed, name in enumerate(("base", "pi")):
+        draw_checkpoint(world / name / "ckpt.pt", seed)
+    draw_checkpoint(world / "stage1" / "ckpt.pt", 5, "vision", vocabulary=None)
+    return world
+
+
+@pytest.fixture
+def world(drawn, tmp_path):
+    """A copy of the drawn world that a test may change."""
+    return Path(shutil.copytree(drawn, tmp_path / "world"))
+
+
+def run(world, *checkpoints, out="out", **settings):
+    """Call the script as the command line would; returns the folder of results."""
+    settings = {"benchmarks": world / "sets", "workers": 0, **settings}
+    evaluate.main([*map(str, checkpoints), f"--out={world / out}",
+                   *(f"--{key}={value}" for key, value in settings.items())])
+    return world / out
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+# ------------------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize("path, name", [
+    ("out/toy/ckpt.pt", "toy"), ("out/toy/samples_000000064000.pt", "toy@64000"),
+    ("out/nights/best.pt", "nights-best"), ("weights/ViT-B-32.pt", "ViT-B-32"),
+    ("random:toy", "random-toy"), ("samples_of_mine.pt", "samples_of_mine")])
+def test_a_result_is_named_for_its_run(path, name):
+    assert evaluate.run_names([path]) == {path: name}
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents():
+    names = evaluate.run_names(["a/toy/ckpt.pt", "b/toy/ckpt.pt"])
+    assert list(names.values()) == ["a-toy", "b-toy"]
+
+
+def test_no_run_takes_the_name_of_the_comparison():
+    assert evaluate.run_names(["out/comparison/ckpt.pt"])["out/comparison/ckpt.pt"] == (
+        "out-comparison")
+
+
+def test_a_checkpoint_given_twice_is_refused(drawn):
+    with pytest.raises(ValueError, match="given twice"):
+        evaluate.read_arguments([f"{drawn}/base/ckpt.pt", f"{drawn}/base/../base/ckpt.pt"])
+
+
+def test_a_folder_stands_for_its_milestones_in_order_of_samples(world):
+    for samples in (200, 1000, 90):
+        draw_checkpoint(world / "base" / f"samples_{samples:012d}.pt", samples=samples)
+    found = evaluate.milestones(str(world / "base"))
+    assert [Path(path).name for path in found] == [
+        "samples_000000000090.pt", "samples_000000000200.pt", "ckpt.pt"]  # 1,000 is the newest
+
+
+# ------------------------------------------------------------------------------ result files
+
+
+def test_a_result_file_says_what_was_measured_on_what(world):
+    result = read(run(world, world / "base" / "ckpt.pt", nights=world) / "base.json")
+    assert {"run": "base", "kind": "clip", "source": "ours", "step": 100, "samples": 1000,
+            "seed": 0, "precision": "float32", "quick_gelu": False,
+            "list": "code"}.items() <= result.items()
+    assert len(result["sha256"]) == 64 and set(result["versions"]) == {
+        "python", "torch", "numpy", "pillow"}
+    assert result["missing"] == [row.sets[0] for row in LISTS["code"]]
+    assert list(result["tasks"]) == ["letters", "scenes", "nights", "nights-imagenet",
+                                     "nights-no-imagenet"]
+    letters = result["tasks"]["letters"]
+    assert (letters["n"], letters["classes"], letters["templates"], letters["family"]) == (
+        30, 6, 2, "plain")
+    assert result["tasks"]["nights-imagenet"]["n"] == 4
+
+
+def test_the_figures_are_those_of_the_metric_functions(world):
+    out = run(world, world / "base" / "ckpt.pt")
+    clip = load_clip(world / "base" / "ckpt.pt")
+    for name, folder in benchmarks.find_sets(world / "sets").items():
+        direct = benchmarks.evaluate_set(clip, Tokenizer(BYTES), folder)
+        assert read(out / "base.json")["tasks"][name]["metrics"] == direct["metrics"]
+        with np.load(out / "base.npz") as arrays:
+            for metric, hits in direct["hits"].items():
+                assert np.array_equal(arrays[f"{name}/{metric}"], hits)
+
+
+def test_precision_is_recorded_and_another_one_is_measured_anew(world):
+    out = run(world, world / "base" / "ckpt.pt", dtype="bfloat16")
+    assert read(out / "base.json")["precision"] == "bfloat16"
+    run(world, world / "base" / "ckpt.pt")
+    assert read(out / "base.json")["precision"] == "float32"
+
+
+def counted(monkeypatch):
+    """The names of the sets that evaluate_set is called for, as they come."""
+    calls, real = [], benchmarks.evaluate_set
+
+    def count(clip, tokenizer, found, *rest):
+        calls.append(found.name)
+        return real(clip, tokenizer, found, *rest)
+    monkeypatch.setattr(benchmarks, "evaluate_set", count)
+    return calls
+
+
+def test_finished_sets_are_not_evaluated_again(world, monkeypatch):
+    calls = counted(monkeypatch)
+    run(world, world / "base" / "ckpt.pt")
+    draw_set(world / "sets", "added", seed=7)
+    run(world, world / "base" / "ckpt.pt")
+    assert calls == ["letters", "scenes", "added"]
+
+
+def test_a_changed_checkpoint_starts_anew(world, monkeypatch):
+    calls = counted(monkeypatch)
+    run(world, world / "base" / "ckpt.pt")
+    draw_checkpoint(world / "base" / "ckpt.pt", seed=9)
+    run(world, world / "base" / "ckpt.pt")
+    assert calls == ["letters", "scenes"] * 2
+
+
+def test_a_changed_template_is_measured_anew(world, monkeypatch):
+    calls = counted(monkeypatch)
+    run(world, world / "base" / "ckpt.pt")
+    (world / "sets/wds_letters_test/zeroshot_classification_templates.txt").write_text("the {c}\n")
+    run(world, world / "base" / "ckpt.pt")
+    assert calls == ["letters", "scenes", "letters"]
+
+
+def test_an_evaluation_that_breaks_off_keeps_its_finished_sets(world, monkeypatch):
+    shutil.move(world / "sets/wds_scenes_test", world / "kept")
+    broken = draw_set(world / "sets", "zigzag", 2)
+    benchmarks.write_tar(f"{broken}/test/0.tar", [("s1.png", b"<html>"), ("s1.cls", b"0")])
+    with pytest.raises(ValueError, match="s1.png: undecodable"):
+        run(world, world / "base" / "ckpt.pt")
+    assert list(read(world / "out/base.json")["tasks"]) == ["letters"]
+    assert sorted(os.listdir(world / "out")) == ["base.json", "base.npz"]  # and no comparison
+    calls = counted(monkeypatch)
+    shutil.rmtree(broken)
+    draw_set(world / "sets", "zigzag", 2)
+    run(world, world / "base" / "ckpt.pt")
+    assert calls == ["zigzag"]
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+def test_bad_input_is_one_line_and_exit_2(world):
+    done = subprocess.run([sys.executable, "evaluate.py", str(world / "none.pt"),
+                           f"--benchmarks={world}/sets", f"--out={world}/out"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not (world / "out").exists()
+    assert done.stderr == f"evaluate.py: {world}/none.pt: no such checkpoint\n"
+
+
+def unlike_its_row(world):
+    draw_set(world / "sets", "mnist", 5)
+
+
+def no_vocabulary(world):
+    draw_checkpoint(world / "base" / "ckpt.pt", vocabulary=None)
+
+
+def another_vocabulary(world):
+    draw_checkpoint(world / "base" / "ckpt.pt", vocab_size=600)
+
+
+def too_few_names(world):
+    (world / "sets/wds_letters_test/classnames.txt").write_text("a\nb\n")
+
+
+FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message says)
+    "a set unlike its row": (unlike_its_row, {}, "but MNIST has 10,000 in 10"),
+    "too few class names": (too_few_names, {}, "s002.cls: label 2, but classnames.txt has 2 lines"),
+    "no vocabulary": (no_vocabulary, {}, "brings no vocabulary; give --vocabulary="),
+    "another vocabulary": (another_vocabulary, {}, "has 600 tokens, the vocabulary 514"),
+    "no folder of sets": (None, {"benchmarks": "none"}, "benchmarks=none: no such folder"),
+    "nothing to do": (None, {"benchmarks": ""}, "nothing to do"),
+    "a query of nothing": (None, {"query": "red"}, "goes with --query=TEXT or --image=FILE"),
+    "an unknown list": (None, {"list": "codes"}, "list=codes: must be code or plan"),
+    "an unknown precision": (None, {"dtype": "half"}, "must be float32 or bfloat16"),
+    "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_in_one_line_and_leaves_no_comparison(world, fault):
+    spoil, settings, message = FAULTS[fault]
+    if spoil:
+        spoil(world)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(world, world / "base" / "ckpt.pt", **settings)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (world / "out" / "comparison.json").exists()
+
+
+def test_no_checkpoint_is_refused_with_an_example(world):
+    with pytest.raises(ValueError, match="python evaluate.py out/toy/ckpt.pt"):
+        run(world)
+
+
+def test_an_unknown_size_of_random_weights_is_refused(world):
+    with pytest.raises(ValueError, match="random:huge: no such size; known are ViT-B-32"):
+        run(world, "random:huge")
+
+
+def test_partial_sets_are_taken_on_request_and_say_so(world):
+    unlike_its_row(world)
+    out = run(world, world / "base" / "ckpt.pt", partial=True)
+    assert read(out / "base.json")["tasks"]["mnist"]["partial"] is True
+    assert "mnist (partial)" in (out / "comparison.md").read_text()
+
+
+# ------------------------------------------------------------------------------ kinds of weights
+
+
+def test_stage_1_is_evaluated_on_judgements_only(world):
+    out = run(world, world / "stage1" / "ckpt.pt", world / "base" / "ckpt.pt", nights=world)
+    assert set(read(out / "stage1.json")["tasks"]) == {"nights", "nights-imagenet",
+                                                       "nights-no-imagenet"}
+    comparison = read(out / "comparison.json")
+    assert set(comparison["sets"]["nights"]["arms"]) == {"stage1", "base"}
+    assert set(comparison["sets"]["letters"]["arms"]) == {"base"}
+
+
+def test_stage_1_without_judgements_is_refused(world):
+    with pytest.raises(ValueError, match="vision tower only; give --nights"):
+        run(world, world / "stage1" / "ckpt.pt")
+
+
+def test_random_weights_are_drawn_from_the_seed(world):
+    scores = [read(run(world, "random:toy", out=f"out{i}", benchmarks="", nights=world,
+                       seed=seed) / "random-toy.json")["tasks"]["nights"]["metrics"]["2afc"]
+              for i, seed in enumerate((0, 0, 1))]
+    assert scores[0] == scores[1] and 0 <= scores[2] <= 1
+
+
+def test_random_weights_with_a_vocabulary_have_a_text_side(world):
+    (world / "bytes.tiktoken").write_text(BYTES)
+    out = run(world, "random:toy", vocabulary=world / "bytes.tiktoken")
+    assert set(read(out / "random-toy.json")["tasks"]) == {"letters", "scenes"}
+
+
+# ------------------------------------------------------------------------------ comparing
+
+
+def test_earlier_results_are_compared_without_their_checkpoints(world):
+    run(world, world / "base" / "ckpt.pt", out="a")
+    run(world, world / "pi" / "ckpt.pt", out="b")
+    shutil.rmtree(world / "base")
+    out = run(world, world / "a/base.json", world / "b/pi.json", benchmarks="")
+    assert read(out / "comparison.json")["baseline"] == "base"
+    assert "| letters" in (out / "comparison.md").read_text()
+
+
+def test_results_on_other_templates_are_not_compared(world):
+    run(world, world / "base" / "ckpt.pt", out="a")
+    (world / "sets/wds_letters_test/zeroshot_classification_templates.txt").write_text("the {c}\n")
+    run(world, world / "pi" / "ckpt.pt", out="b")
+    with pytest.raises(ValueError, match="letters: base and pi had different templates"):
+        run(world, world / "a/base.json", world / "b/pi.json", benchmarks="")
+
+
+def test_arms_of_several_seeds_are_compared_as_arms(world):
+    for seed, name in enumerate(("base2", "pi2"), 10):
+        draw_checkpoint(world / name / "ckpt.pt", seed)
+    out = run(world, f"plain={world}/base/ckpt.pt,{world}/base2/ckpt.pt",
+              f"ours={world}/pi/ckpt.pt,{world}/pi2/ckpt.pt")
+    comparison = read(out / "comparison.json")
+    assert [run["run"] for run in comparison["arms"]["plain"]] == ["base", "base2"]
+    both = [read(out / f"{name}.json")["tasks"]["letters"]["metrics"]["acc1"]
+            for name in ("pi", "pi2")]
+    value = comparison["sets"]["letters"]["arms"]["ours"]["acc1"]
+    assert (value["mean"], value["sd"]) == pytest.approx((np.mean(both), np.std(both, ddof=1)))
+
+
+def test_folders_give_curves_and_a_plot_with_the_caveat(world):
+    pytest.importorskip("matplotlib", reason="scaling.png is drawn with it")
+    for samples in (200, 500):
+        draw_checkpoint(world / "base" / f"samples_{samples:012d}.pt", samples, samples=samples)
+    out = run(world, world / "base")
+    scaling = read(out / "scaling.json")
+    assert "not independent budgets" in scaling["caveat"]
+    assert scaling["near_chance"] == ["letters", "scenes"]  # random weights know nothing
+    assert Image.open(out / "scaling.png").width > 100
+    assert (out / "base@200.json").exists() and (out / "base@500.json").exists()
+
+
+def test_two_ranks_write_the_same_results_as_one(world):
+    alone = run(world, world / "base" / "ckpt.pt", nights=world, batch_size=7)
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "evaluate.py", f"{world}/base/ckpt.pt", f"--benchmarks={world}/sets",
+               f"--nights={world}", f"--out={world}/two", "--workers=0", "--batch_size=7"]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env={
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
+        for rank in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    one, two = (read(folder / "base.json")["tasks"] for folder in (alone, world / "two"))
+    for task in (*one.values(), *two.values()):
+        del task["seconds"]
+    assert one == two
+    with np.load(alone / "base.npz") as a, np.load(world / "two" / "base.npz") as b:
+        assert all(np.array_equal(a[key], b[key]) for key in a.files) and a.files == b.files
+
+
+# ------------------------------------------------------------------------------ looking
+
+
+def test_a_query_draws_a_row_of_pictures_for_each_checkpoint(world):
+    heights = []
+    for names in (["base"], ["base", "pi"]):
+        out = run(world, *(world / name / "ckpt.pt" for name in names), benchmarks="",
+                  images=world / "pairs", query="a red circle")
+        heights.append(Image.open(out / "query.png").height)
+    assert heights[1] - heights[0] > 128
+    assert not (world / "out" / "comparison.json").exists()
+
+
+def test_the_nearest_image_to_an_image_of_the_folder_is_itself(world):
+    model = evaluate.open_model(str(world / "stage1" / "ckpt.pt"), evaluate.Config(),
+                                torch.device("cpu"))
+    pool = Pool(world / "pairs", 20)
+    (label, similar), = evaluate.nearest_to_image("stage1", model, pool.image(3), pool,
+                                                  torch.device("cpu"))
+    assert similar.argmax() == 3 and similar[3] == pytest.approx(1, abs=1e-5)
+
+
+def test_stage_1_answers_an_image_and_refuses_a_text(world):
+    out = run(world, world / "stage1" / "ckpt.pt", benchmarks="", images=world / "pairs",
+              image=world / "3.png")
+    assert Image.open(out / "query.png").width > 1000
+    with pytest.raises(ValueError, match="has no text side"):
+        run(world, world / "stage1" / "ckpt.pt", benchmarks="", images=world / "pairs", query="red")
+
+
+def test_an_unreadable_query_image_is_refused(world):
+    (world / "page.png").write_text("<html>")
+    with pytest.raises(ValueError, match="page.png: not an image"):
+        run(world, world / "base" / "ckpt.pt", benchmarks="", images=world / "pairs",
+            image=world / "page.png")
