@@ -14,20 +14,18 @@ import dataclasses
 import math
 import os
 import resource
-import signal
 import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config, run_main,
-                     write_record)
-from data.benchmarks import evaluate_set, find_sets, retrieve, set_name
-from data.images import Augmentation, augment_batch, normalise
-from data.pairs import BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory
+                     stop_on_signals, write_record)
+from data.benchmarks import Pixels, embed, embed_texts, evaluate_set, find_sets, retrieve
+from data.images import Augmentation, augment_batch
+from data.pairs import BadSamples, BadSteps, HeldOut, PairBatches, Pairs, load_batches
 from data.ranks import GatherRows, Ranks
 from data.text import Tokenizer
 from model import (CLIP, SIZES, flops_per_pair, load_vision, optimizer_groups, peak_flops,
@@ -127,9 +125,9 @@ def pick_caption(count, rng):
     return int(rng.integers(count))
 
 
-def augment(images, draws):
-    """uint8 (b, 3, S, S) and the samples' drawn parameters (b, K) -> float32, normalised."""
-    return augment_batch(images, draws)
+def augment(images, draws, augmentation):
+    """uint8 (b, 3, S, S), drawn parameters (b, 11) -> float32 normalised, on the device."""
+    return augment_batch(images, draws, augmentation)
 
 
 def contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale, first_row, chunk):
@@ -170,11 +168,11 @@ def global_loss(image_emb, text_emb, scale, config, ranks):
                             ranks.rank * len(image_emb), config.loss_chunk)
 
 
-def accumulate_gradient(model, embed, b, config, ranks):
+def accumulate_gradient(model, embed_rows, b, config, ranks):
     """Leave in .grad the gradient of the loss over the global batch; return loss, embeddings.
 
-    model: CLIP, or DDP around it. embed(rows): slice of the rank's b pairs -> (image_emb, text_emb,
-    scale). With several micro-batches this is GradCache (arXiv 2101.06983): embed all without
+    model: CLIP, or DDP around it. embed_rows: slice of the rank's b pairs -> image_emb, text_emb,
+    scale. With several micro-batches this is GradCache (arXiv 2101.06983): embed all without
     a graph, take the loss and its gradient at the embeddings, embed again part by part and push
     that gradient through. With one micro-batch the first graph is kept and nothing runs twice.
     """
@@ -190,7 +188,7 @@ def accumulate_gradient(model, embed, b, config, ranks):
 
         single = len(group) == 1
         with torch.set_grad_enabled(single), sync(group[-1]):
-            outputs = [embed(part) for part in group]
+            outputs = [embed_rows(part) for part in group]
         leaves = [torch.cat([output[i].detach() for output in outputs]).requires_grad_()
                   for i in (0, 1)]                                    # (b of the group, E)
         leaves.append(outputs[0][2].detach().requires_grad_())        # scale
@@ -200,67 +198,36 @@ def accumulate_gradient(model, embed, b, config, ranks):
         grad_parts = zip(grads[0].split(micro), grads[1].split(micro))
         for part, (grad_image, grad_text) in zip(group, grad_parts):
             with sync(part):
-                output = outputs[0] if single else embed(part)
+                output = outputs[0] if single else embed_rows(part)
                 torch.autograd.backward(output, [grad_image, grad_text, grads[2] / len(group)])
         loss = loss + group_loss.detach() * share
         kept += leaves[:2]
     return loss, torch.cat(kept[0::2]).detach(), torch.cat(kept[1::2]).detach()
 
 
-# -------------------------------------------------------------- looking, naming, saving, starting
+# ---------------------------------------------------------------------- looking, saving, starting
 
 
 @torch.no_grad()
-def held_out_figures(clip, pairs, autocast, config, ranks):
-    """Loss and recall among all n held-out pairs (first captions), each counted exactly once."""
-    device, parts = clip.logit_scale.device, [(torch.empty(0, clip.config.embed_dim),) * 2]
-    for start in range(256 * ranks.rank, len(pairs), 256 * ranks.world):
-        rows = range(start, min(start + 256, len(pairs)))
-        batch = pairs.__getitems__([(0, row) for row in rows])
-        with autocast():
-            image_emb, text_emb, _ = clip(normalise(batch["images"].to(device)), batch["tokens"])
-        parts.append((image_emb.cpu(), text_emb.cpu()))                       # (<=256, E) each
-    both = ranks.collect([torch.cat(side) for side in zip(*parts)])
-    image_emb, text_emb = (torch.cat(side) for side in zip(*both))            # (n, E)
-    recalls, _ = retrieve(image_emb, text_emb, torch.arange(len(image_emb)))
-    loss = contrastive_loss(image_emb, text_emb, image_emb, text_emb,
-                            clip.logit_scale.exp().cpu(), 0, 1024)
-    return {"val_pairs": len(image_emb), "val_loss": loss.item(),
-            "val_image_recall@1": recalls["image_retrieval_recall@1"],
-            "val_text_recall@1": recalls["text_retrieval_recall@1"]}
-
-
-def look(clip, tokenizer, held_out, autocast, step, config, ranks):
-    """A log record of held-out and zero-shot figures; all ranks take part, none is repeated."""
-    figures = {"step": step, "samples": step * config.batch_size}
+def look(clip, tokenizer, held_out, step, config, ranks):
+    """A log record of held-out and zero-shot figures; the ranks share the work, none repeats it."""
+    figures, how = {"step": step, "samples": step * config.batch_size}, dict(
+        device=clip.logit_scale.device, dtype=config.dtype, ranks=ranks)
     clip.eval()
     with torch.compiler.set_stance("force_eager"):  # odd batch sizes are not worth compiling
-        if held_out is not None:
-            figures |= held_out_figures(clip, held_out, autocast, config, ranks)
-        for folder in find_sets(config.benchmarks) if config.benchmarks else ():
-            result = evaluate_set(clip, tokenizer, folder, dtype=config.dtype, rank=ranks.rank,
-                                  world_size=ranks.world)
-            figures[f"zero_shot/{set_name(folder)}"] = result["metrics"][result["main"]]
+        if held_out:
+            pixels = Pixels(held_out, config.image_size)
+            image_emb = embed(clip.encode_image, pixels, batch_size=256, **how)        # (n, E)
+            text_emb = embed_texts(clip, tokenizer, held_out.captions, {}, **how)      # (n, E)
+            loss = contrastive_loss(image_emb, text_emb, image_emb, text_emb,
+                                    clip.logit_scale.exp().cpu(), 0, 1024)
+            recalls, _ = retrieve(image_emb, text_emb, torch.arange(len(held_out)))
+            figures |= {"val_loss": loss.item(), **{f"val_{k}": v for k, v in recalls.items()}}
+        for name, folder in find_sets(config.benchmarks).items() if config.benchmarks else ():
+            result = evaluate_set(clip, tokenizer, folder, dtype=config.dtype, ranks=ranks)
+            figures[f"zero_shot/{name}"] = result["metrics"][result["main"]]
     clip.train()
     return figures
-
-
-def count_nonfinite(watched, in_a_row, name_of, ranks, say):
-    """Name the samples of skipped steps; ValueError at five in a row, else the new count.
-
-    watched: step, sample ids (b,), which of their embeddings are finite (b,), and grad_norm, for
-    each step since the last look. grad_norm is equal on all ranks, and so is what follows here.
-    """
-    for step, samples, finite, grad_norm in watched:
-        in_a_row = 0 if math.isfinite(grad_norm) else in_a_row + 1
-        if in_a_row:
-            names = ranks.collect([name_of(i) for i in samples[~finite.cpu()].tolist()])
-            names = ", ".join(sum(names, [])[:8]) or "all embeddings are finite"
-            say(f"step {step + 1} skipped, its gradient norm is {float(grad_norm)}: {names}")
-        if in_a_row == 5:
-            raise ValueError(f"no finite gradient in five steps up to {step + 1}; lower lr or set "
-                             "dtype=float32 and start again from the last checkpoint")
-    return in_a_row
 
 
 def save(name, clip, optimizer, step, bad, data, config):
@@ -282,11 +249,9 @@ def load_run(path, clip, optimizer, data, config):
     """Put the run saved at `path` back; returns (step, bad counts). ValueError if it is another."""
     saved = read_checkpoint(path)
     fixed = set() if config.exact_negatives else {"micro_batch"}
-    check_resume(saved["config"], dataclasses.asdict(config), MAY_CHANGE - fixed)
-    for key, now in (("data", data), ("vocabulary", clip.vocabulary)):
-        if saved[key] != now:
-            raise ValueError(f"cannot resume {path}: {getattr(config, key)} is not the {key} it was "
-                             "trained with; put that back or choose another out_dir")
+    words = [Tokenizer(text).fingerprint for text in (saved["vocabulary"], clip.vocabulary)]
+    check_resume(saved["config"] | {"pairs": saved["data"], "words": words[0]},
+                 dataclasses.asdict(config) | {"pairs": data, "words": words[1]}, MAY_CHANGE - fixed)
     clip.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["bad"]
@@ -305,29 +270,14 @@ def start_from_vision(clip, path):
             f"checksum {weights_checksum(clip.vision.state_dict())}")
 
 
-def in_worker(_):
-    """Loader processes leave Ctrl-C and SIGTERM to the loop, which ends them after its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 def main(argv=None):
     # ---- 1. settings and ranks
-    config, others = load_config(Config, globals(), argv)
-    if others:
-        raise ValueError(f"{others[0]}: pretrain.py takes recipes (*.py) and --key=value")
+    config, _ = load_config(Config, globals(), argv, files=False)
     ranks, newest = Ranks(), os.path.join(config.out_dir, "ckpt.pt")
-    if config.batch_size % ranks.world:
-        less = config.batch_size // ranks.world * ranks.world
-        raise ValueError(f"batch_size={config.batch_size} is not a multiple of {ranks.world} ranks; "
-                         f"try {less + ranks.world} or {less}")
+    local = ranks.share(config.batch_size)
     if not config.resume and os.path.exists(newest):
         raise ValueError(f"resume=False, but {newest} is there; choose another out_dir")
-    stop = []  # filled by SIGTERM or Ctrl-C, looked at after each step
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
-    device, local = ranks.start(), config.batch_size // ranks.world
+    stop, device = stop_on_signals(), ranks.start()
 
     # ---- 2. data; rank 0 comes first and builds the index, the others find it
     if ranks.rank > 0:
@@ -336,14 +286,11 @@ def main(argv=None):
     augmentation = None if config.overfit else Augmentation(
         config.crop, flip=config.flip, jitter=config.jitter, jitter_p=config.jitter_p,
         grey_p=config.grey_p, blur_p=config.blur_p, blur_sigma=config.blur_sigma)
-    view = (tokenizer, config.image_size, config.seed, config.context_length)
-    pairs = Pairs(config.data, *view, augmentation, pick_caption, limit=config.overfit)
-    held_out = Pairs(config.held_out, *view, None, pick_caption) if config.held_out else None
+    pairs = Pairs(config.data, tokenizer, config.image_size, config.seed, config.context_length,
+                  augmentation, pick_caption, limit=config.overfit)
+    held_out = HeldOut(config.held_out) if config.held_out else None
     if ranks.rank == 0:
         ranks.total(0)
-    if len(pairs) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} is more than the {len(pairs)} pairs of "
-                         f"{config.data}")
     total_steps = config.max_steps or config.epochs * (len(pairs) // config.batch_size)
 
     # ---- 3. model and optimizer; the seed fixes the text tower whatever the vision tower becomes
@@ -362,6 +309,7 @@ def main(argv=None):
         source = f"going on from {newest}, step {step}"
     elif config.init_vision:
         source = start_from_vision(clip, config.init_vision)
+    order = PairBatches(len(pairs), config.batch_size, ranks.rank, ranks.world, step, total_steps)
     if config.compile:  # in place: names in the state dict stay clean; then DDP around it
         clip.vision.compile()
         clip.text.compile()
@@ -370,28 +318,25 @@ def main(argv=None):
     make_views = torch.compile(augment) if config.compile else augment
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
 
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
     # ---- 4. files and the first lines
-    bad_samples, log, say = BadSamples(config.out_dir, bad), None, lambda text: None
     if ranks.rank == 0:
         write_record(config.out_dir, config, __file__)
-        log = RunLog(config.out_dir, total_steps, step, config.log_to)
-        say = log.say
-        say(f"{len(pairs):,} pairs, {total_steps:,} steps of {config.batch_size:,} on "
+    log = RunLog(config.out_dir, total_steps, step, config.log_to, mute=ranks.rank > 0)
+    log.say(f"{len(pairs):,} pairs, {total_steps:,} steps of {config.batch_size:,} on "
             f"{ranks.world} x {device.type}; {source}")
-        for group in optimizer.param_groups:
-            say(f"weight decay {group['weight_decay']}: {len(group['names'])} tensors, "
+    for group in optimizer.param_groups:
+        log.say(f"weight decay {group['weight_decay']}: {len(group['names'])} tensors, "
                 f"{sum(p.numel() for p in group['params']):,} parameters")
 
-    # ---- 5. the loop; its state is step, bad_samples, watched, in_a_row and the loader
-    check_shared_memory(config.workers, local, config.image_size)
-    batches = iter(torch.utils.data.DataLoader(
-        pairs, num_workers=config.workers, worker_init_fn=in_worker, collate_fn=as_loaded,
-        pin_memory=device.type == "cuda", batch_sampler=PairBatches(
-            len(pairs), config.batch_size, config.seed, ranks.rank, ranks.world, step, total_steps)))
-    watched, in_a_row, stopped = [], 0, False
+    # ---- 5. the loop; its state is step, the loader, bad_samples and bad_steps
+    batches = load_batches(pairs, order, config.workers, pin_memory=device.type == "cuda")
+    bad_samples, bad_steps = BadSamples(config.out_dir, bad), BadSteps(pairs)
+    stopped, profiler = False, None
+    if config.profile:  # steps 3 to 7, for chrome://tracing or perfetto
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(f"{config.out_dir}/trace.json"))
+        profiler.start()
     first_step, started = step, time.time()
     logged_step, logged, waited = step, started, 0.0
     while step < total_steps and not stopped:
@@ -400,15 +345,15 @@ def main(argv=None):
         waited += time.time() - asked
         images, draws = (batch[key].to(device, non_blocking=True) for key in ("images", "draws"))
 
-        def embed(rows):
+        def embed_rows(rows):
             with torch.no_grad():
-                views = make_views(images[rows], draws[rows])                 # (micro, 3, S, S)
-            with autocast():
+                views = make_views(images[rows], draws[rows], augmentation)   # (micro, 3, S, S)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 return model(views, batch["tokens"][rows])
 
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total_steps, config)
-        loss, image_emb, text_emb = accumulate_gradient(model, embed, local, config, ranks)
+        loss, image_emb, text_emb = accumulate_gradient(model, embed_rows, local, config, ranks)
         grad_norm = torch.nn.utils.clip_grad_norm_(clip.parameters(), config.grad_clip or math.inf)
         # The fused kernel leaves weights and moments alone where found_inf is 1: no look, no wait.
         optimizer.found_inf = (~grad_norm.isfinite()).float()
@@ -416,8 +361,7 @@ def main(argv=None):
         optimizer.zero_grad()
         with torch.no_grad():
             clip.logit_scale.clamp_(max=math.log(100))
-        finite = image_emb.isfinite().all(1) & text_emb.isfinite().all(1)     # (b,)
-        watched.append((step, batch["samples"], finite, grad_norm))
+        bad_steps.add(step, batch["samples"], image_emb + text_emb, grad_norm)
         bad_samples.add(batch["bad"])
         step += 1
         # Hosts agree on stopping and on bad samples; this does not wait for a GPU.
@@ -426,50 +370,42 @@ def main(argv=None):
         last = step == total_steps or bool(stopped)
 
         # ---- 6. log, look, save
-        if step % config.log_every == 0 or step == first_step + 1 or last:
-            in_a_row = count_nonfinite(watched, in_a_row, pairs.name, ranks, say)
-            watched = []
+        if step % config.log_every == 0 or step == 1 or last:
+            bad_steps.check(ranks, log.say)
             right = (image_emb[:1024] @ text_emb.T).argmax(1).cpu() == torch.arange(min(local, 1024))
-            figures = torch.stack([loss, right.float().mean().to(device)])
-            if ranks.world > 1:
-                dist.all_reduce(figures)
-            loss, accuracy = (figures / ranks.world).tolist()
+            loss, accuracy = ranks.mean(torch.stack([loss, right.float().mean().to(device)]))
             now = time.time()
             rate = (step - logged_step) * config.batch_size / (now - logged)
             record = {"step": step, "samples": step * config.batch_size, "loss": loss,
                       "chance_loss": math.log(config.batch_size),
                       "lr": optimizer.param_groups[0]["lr"], "scale": clip.logit_scale.exp().item(),
                       "grad_norm": grad_norm.item(), "accuracy": accuracy, "pairs_per_s": rate,
-                      "data_wait": waited / (now - logged)}
-            if peak:
-                record["utilisation"] = rate * flops_per_pair(clip.config) / (peak * ranks.world)
-            if log:
-                log.write(record)
+                      "data_wait": waited / (now - logged), "utilisation": peak and
+                      rate * flops_per_pair(clip.config) / (peak * ranks.world)}
+            log.write(record)
             logged_step, logged, waited = step, time.time(), 0.0
         if (held_out or config.benchmarks) and (
                 step == total_steps or config.eval_every and step % config.eval_every == 0):
-            figures = look(clip, tokenizer, held_out, autocast, step, config, ranks)
-            if log:
-                log.write(figures)
+            log.write(look(clip, tokenizer, held_out, step, config, ranks))
         crossed = any(0 <= step * config.batch_size - at < config.batch_size for at in config.keep_at)
-        if crossed or last or step % config.save_every == 0:
-            state = (step, bad_samples.counts(ranks), pairs.fingerprint, config)
-            if crossed and log:
+        due = last or step % config.save_every == 0
+        if crossed or due:
+            bad = bad_samples.counts(ranks)
+            state = (step, bad, pairs.fingerprint, config)
+            if ranks.rank == 0 and crossed:
                 save(f"samples_{step * config.batch_size:012d}.pt", clip, None, *state)
-            if log and (last or step % config.save_every == 0):
+            if ranks.rank == 0 and due:
                 save("ckpt.pt", clip, optimizer, *state)
-        if config.profile and step - first_step in (2, 7):
-            profiler = profile_until(step - first_step == 7, profiler, config.out_dir)
+        if profiler:
+            profiler.step()
 
     # ---- 7. the summary
-    if log:
-        seconds, done = time.time() - started, (step - first_step) * config.batch_size
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        skipped = ", ".join(f"{n} {why}" for why, n in bad_samples.counts(ranks).items()) or "none"
-        say(f"{'stopped' if step < total_steps else 'done'} at step {step:,} of {total_steps:,}, "
-            f"{step * config.batch_size:,} samples; bad samples replaced: {skipped}; "
-            f"{clock(seconds)}, {done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")
+    seconds, done = time.time() - started, (step - first_step) * config.batch_size
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    log.say(f"step {step:,} of {total_steps:,}, {step * config.batch_size:,} samples; replaced: "
+            f"{', '.join(f'{n} {why}' for why, n in bad.items()) or 'none'}; {clock(seconds)}, "
+            f"{done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")
     ranks.stop()
 
 

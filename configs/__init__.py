@@ -12,10 +12,12 @@ import dataclasses
 import difflib
 import inspect
 import json
+import multiprocessing
 import os
 import pathlib
 import runpy
 import shutil
+import signal
 import sys
 import time
 import types
@@ -31,12 +33,13 @@ def given(key, default):
     return default if text is None else _parse(text, type(default))
 
 
-def load_config(Config, script, argv=None):
+def load_config(Config, script, argv=None, files=True):
     """Resolve defaults, recipes and --key=value into one Config.
 
     Config: dataclass of settings, optionally with check() that raises ValueError("field=...: why").
     script: globals() of the calling script; functions of recipes are put there.
     argv:   list of arguments, default sys.argv[1:].
+    files:  False if the script takes no other positional arguments, such as checkpoints.
     Returns (config, other positional arguments). Raises ValueError or FileNotFoundError.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -46,6 +49,8 @@ def load_config(Config, script, argv=None):
         raise SystemExit(0)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     options, recipes, others = _split(argv, fields, name)
+    if others and not files:
+        raise ValueError(f"{others[0]}: {name} takes recipes (*.py) and --key=value only")
     _command_line.clear()
     _command_line.update(options)
     _recipes[:] = recipes
@@ -251,9 +256,13 @@ class RunLog:
 
     Continuing from start_step > 0 drops records after it: they will be written again.
     log_to: "" | "tensorboard" | "wandb", a second place for the numbers (optional packages).
+    mute: for all ranks but the first; nothing is written or shown.
     """
 
-    def __init__(self, out_dir, total_steps, start_step=0, log_to=""):
+    def __init__(self, out_dir, total_steps, start_step=0, log_to="", mute=False):
+        self.mute = mute
+        if mute:
+            return
         self.mirror = _mirror(out_dir, log_to)
         self.path, self.total, self.start_step = f"{out_dir}/log.jsonl", total_steps, start_step
         self.start_time, self.open_line = time.time(), False
@@ -268,6 +277,8 @@ class RunLog:
 
     def write(self, record):
         """Append `record` (numbers and strings, with "step") and show its line."""
+        if self.mute:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         self.mirror(record)
@@ -280,7 +291,8 @@ class RunLog:
 
     def say(self, text):
         """Print a line that stays."""
-        self._show(text, in_place=False)
+        if not self.mute:
+            self._show(text, in_place=False)
 
     def _show(self, text, in_place):
         lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
@@ -312,10 +324,19 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def stop_on_signals():
+    """A list that SIGTERM and Ctrl-C fill, for the loop to look at after each step."""
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(True))
+    return stop
+
+
 def run_main(main):
     """Run a script; what the user can mend is one line on stderr and exit code 2.
 
     ValueError and FileNotFoundError are the user's by convention; TRACEBACK=1 shows where.
+    Loader processes ignore SIGTERM; those that an error left behind are killed.
     """
     try:
         main()
@@ -325,3 +346,6 @@ def run_main(main):
         if os.environ.get("RANK", "0") == "0":
             print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()

@@ -11,13 +11,15 @@ makes a sample and when, never which or how.
 n pairs, b of them in a batch of this rank, L text tokens, S image side. Each process keeps the
 order of one epoch: 4 bytes a pair, 60 MB at 15 million.
 """
+import math
 import os
 import shutil
+import signal
 from collections import Counter
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.images import (DRAWS, Augmentation, BadImage, decode, draw_augmentation, eval_image,
                          train_image)
@@ -137,6 +139,28 @@ class Pairs(Dataset):
         return image, self.shards.ids(sample, caption), draw_augmentation(self.augmentation, rng)
 
 
+class HeldOut:
+    """Pairs to look at, never to train on: image(i) and the first caption of each, in their order.
+
+    An image that cannot be decoded is an error: what is measured does not grow quietly smaller.
+    """
+
+    def __init__(self, folder):
+        index_shards(folder)
+        self.shards = Shards(folder)
+        self.captions = [self.shards[i][1][0] for i in range(len(self.shards))]
+
+    def __len__(self):
+        return len(self.shards)
+
+    def image(self, i):
+        """Picture i as Pillow RGB, of its own size."""
+        try:
+            return decode(self.shards.image(i))
+        except BadImage as error:
+            raise ValueError(f"{self.shards.folder}: {self.shards.name(i)}: {error}") from None
+
+
 class PairBatches(Sampler):
     """Yields [(epoch, position), ...]: this rank's contiguous part of each batch of n pairs.
 
@@ -167,9 +191,26 @@ class PairBatches(Sampler):
             yield [(epoch, position) for position in range(first, first + self.share)]
 
 
+def load_batches(pairs, batches, workers, pin_memory=False):
+    """Iterator over the batches that `batches` (PairBatches) names, made in worker processes.
+
+    Raises ValueError when they would not fit in shared memory.
+    """
+    check_shared_memory(workers, batches.share, pairs.image_size)
+    return iter(DataLoader(pairs, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
+                           collate_fn=as_loaded, worker_init_fn=_in_worker))
+
+
 def as_loaded(batch):
     """For DataLoader's collate_fn: `Pairs` makes whole batches, so there is nothing to do."""
     return batch
+
+
+def _in_worker(_):
+    """Ctrl-C and SIGTERM are for the loop, which finishes its step and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def check_shared_memory(workers, batch_size, image_size):
@@ -238,6 +279,35 @@ class BadSamples:
                 f"{total:,} of {seen:,} samples had no usable image, more than {self.LIMIT:.0%}: "
                 f"{_most_common(self.counts(ranks))}; see {self.path}, and run "
                 f"python -m data.shards check on the folder")
+
+
+class BadSteps:
+    """Names the samples of steps whose gradient was not finite; stops a run after five in a row.
+
+    Such a step leaves the weights as they were (pretrain.py). What add() takes stays on the device
+    until check() asks, at log steps: the loop need not wait. grad_norm is that of the gradient
+    averaged over ranks, equal on all of them; so all come to the same conclusion.
+    """
+
+    def __init__(self, pairs):
+        self.name_of, self.steps, self.in_a_row = pairs.name, [], 0
+
+    def add(self, step, samples, embeddings, grad_norm):
+        """Note step (from 0): samples (b,) int64, their embeddings (b, E), grad_norm ()."""
+        self.steps.append((step, samples, embeddings.isfinite().all(1), grad_norm))
+
+    def check(self, ranks, say):
+        """Say which of the noted steps were skipped; ValueError at five in a row."""
+        for step, samples, finite, grad_norm in self.steps:
+            self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
+            if self.in_a_row:
+                names = ranks.collect([self.name_of(i) for i in samples[~finite.cpu()].tolist()])
+                names = ", ".join(sum(names, [])[:8]) or "all embeddings are finite"
+                say(f"step {step + 1} skipped, its gradient norm is {float(grad_norm)}: {names}")
+            if self.in_a_row == 5:
+                raise ValueError(f"no finite gradient in five steps up to {step + 1}; lower lr or "
+                                 "set dtype=float32, and go on from the last checkpoint")
+        self.steps = []
 
 
 def _most_common(reasons):

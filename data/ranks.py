@@ -16,6 +16,14 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
 
+    def share(self, batch_size):
+        """This rank's part of a batch; ValueError, with the nearest that works, if uneven."""
+        if batch_size % self.world:
+            less = batch_size // self.world * self.world
+            raise ValueError(f"batch_size={batch_size} is not a multiple of {self.world} ranks; "
+                             f"try {less + self.world} or {less}")
+        return batch_size // self.world
+
     def start(self):
         """Join the group; returns the torch.device of this rank."""
         device = torch.device("cpu")
@@ -37,6 +45,12 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(counts)
         return counts.tolist()
+
+    def mean(self, figures):
+        """A float tensor of figures averaged over the ranks, as a list; waits for the device."""
+        if self.world > 1:
+            dist.all_reduce(figures)
+        return (figures / self.world).tolist()
 
     def collect(self, thing):
         """[thing of rank 0, thing of rank 1, ...] on every rank; any object, of any size."""

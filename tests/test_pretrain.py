@@ -1,0 +1,564 @@
+"""pretrain.py: gradients across ranks and micro-batches, schedule, resume, and what goes wrong."""
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import pretrain
+from data import ranks as ranks_module
+from data.ranks import Ranks
+from model import CLIP, SIZES, read_checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = dataclasses.replace(SIZES["toy"], image_size=16, embed_dim=16, vision_width=16, text_width=16,
+                           vision_layers=2, text_layers=2, vision_heads=2, text_heads=2,
+                           context_length=8, vocab_size=40)
+BATCH = 12
+
+
+# ------------------------------------------------------------------ gradients: ranks, micro-batches
+
+
+def tiny(dtype=torch.float64):
+    """A two-block CLIP, 12 images (12, 3, 16, 16) and captions (12, 8) of uneven length."""
+    torch.manual_seed(0)
+    clip = CLIP(TINY).to(dtype)
+    images = torch.randn(BATCH, 3, 16, 16, dtype=dtype)
+    tokens = torch.zeros(BATCH, 8, dtype=torch.int64)
+    for row, length in enumerate(torch.randint(1, 6, (BATCH,)).tolist()):
+        tokens[row, :length + 2] = torch.tensor([38, *torch.randint(1, 38, (length,)), 39])
+    return clip, images, tokens
+
+
+def written_out_gradient(dtype):
+    """The formula of the CLIP paper's figure 3 on all 12 pairs at once, by plain autograd."""
+    clip, images, tokens = tiny(dtype)
+    image_emb, text_emb, scale = clip(images, tokens)
+    logits = scale * image_emb @ text_emb.T
+    labels = torch.arange(BATCH)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    loss.backward()
+    return {name: p.grad for name, p in clip.named_parameters()}, loss.item()
+
+
+def our_gradient(parts, chunk, dtype, exact=True):
+    """accumulate_gradient as the loop calls it, on this rank's share in `parts` micro-batches."""
+    clip, images, tokens = tiny(dtype)
+    ranks = Ranks()
+    local = BATCH // ranks.world
+    mine = slice(ranks.rank * local, (ranks.rank + 1) * local)
+    images, tokens = images[mine], tokens[mine]
+    config = pretrain.Config(micro_batch=math.ceil(local / parts), loss_chunk=chunk,
+                             exact_negatives=exact)
+    model = clip if ranks.world == 1 else torch.nn.parallel.DistributedDataParallel(
+        clip, gradient_as_bucket_view=True)
+    loss, _, _ = pretrain.accumulate_gradient(
+        model, lambda rows: model(images[rows], tokens[rows]), local, config, ranks)
+    if ranks.world > 1:
+        dist.all_reduce(loss)
+    return {n: p.grad.clone() for n, p in clip.named_parameters()}, loss.item() / ranks.world
+
+
+class GatherWithoutGradient(torch.autograd.Function):
+    """What people get wrong: the rows of other ranks are constants."""
+    @staticmethod
+    def forward(ctx, rows):
+        ctx.rank, ctx.count = dist.get_rank(), len(rows)
+        return ranks_module.GatherRows.forward(ctx, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.rank * ctx.count:(ctx.rank + 1) * ctx.count]
+
+
+CASES = [(parts, chunk, dtype) for parts in (1, 2, 3) for chunk in (0, 2)
+         for dtype in (torch.float64, torch.float32)]
+
+
+def rank_process(rank, world, folder):
+    """One rank computes every case; rank 0 leaves the gradients in `folder`."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                            world_size=world)
+    results = {case: our_gradient(*case) for case in CASES}
+    results["alone"] = our_gradient(3, 0, torch.float64, exact=False)
+    pretrain.GatherRows = GatherWithoutGradient
+    results["no gradient"] = our_gradient(1, 0, torch.float64)
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """of_ranks(world) -> {case: (gradients, loss)}, computed once in `world` processes."""
+    known = {}
+
+    def results(world):
+        if world not in known:
+            folder = tmp_path_factory.mktemp("ranks")
+            torch.multiprocessing.spawn(rank_process, (world, folder), nprocs=world)
+            known[world] = torch.load(folder / "results.pt")
+        return known[world]
+    return results
+
+
+def largest_relative_difference(ours, reference):
+    """Of any single parameter, relative to that parameter's own gradient."""
+    return max(((ours[n] - reference[n]).norm() / reference[n].norm()).item() for n in reference)
+
+
+def relative_difference(ours, reference):
+    """Of all parameters as one vector."""
+    ours, reference = (torch.cat([g[n].flatten() for n in reference]) for g in (ours, reference))
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("parts, chunk, dtype", CASES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_gradient_is_the_one_pass_gradient(of_ranks, world, parts, chunk, dtype):
+    case = (parts, chunk, dtype)
+    ours, loss = our_gradient(*case) if world == 1 else of_ranks(world)[case]
+    reference, reference_loss = written_out_gradient(dtype)
+    if dtype == torch.float64:
+        assert largest_relative_difference(ours, reference) < 1e-12
+    else:  # a small tensor's gradient alone can round at 1.3e-6 of its norm; fp64 covers each
+        assert relative_difference(ours, reference) < 1e-6
+        assert ours["logit_scale"].item() == pytest.approx(reference["logit_scale"].item(), rel=1e-6)
+    assert loss == pytest.approx(reference_loss, rel=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("mistake", ["no gradient", "alone"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_common_mistakes_give_another_gradient(of_ranks, world, mistake):
+    ours, _ = of_ranks(world)[mistake]
+    assert largest_relative_difference(ours, written_out_gradient(torch.float64)[0]) > 1e-2
+
+
+def test_chunked_loss_equals_the_plain_one():
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    plain = pretrain.contrastive_loss(a, b, a, b, 10.0, 0, 0)
+    for chunk in (1, 4, 9):
+        assert pretrain.contrastive_loss(a, b, a, b, 10.0, 0, chunk).item() == pytest.approx(
+            plain.item(), rel=1e-14)
+
+
+def test_loss_of_random_features_is_log_batch():
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(256, 64), dim=1) for _ in range(2))
+    loss = pretrain.contrastive_loss(a, b, a, b, 1.0, 0, 0)
+    assert loss.item() == pytest.approx(math.log(256), abs=0.1)
+
+
+# -------------------------------------------------------------------------------- the schedule
+
+
+def rates(**settings):
+    config = pretrain.Config(**settings)
+    return [pretrain.lr_at(step, 100, config) for step in range(100)]
+
+
+def test_cosine_starts_peaks_and_ends_where_it_should():
+    lr = rates(lr=1.0, min_lr=0.1, warmup_steps=10)
+    assert lr[0] == 0.1 and lr[9] == 1.0 == max(lr) and lr[99] == pytest.approx(0.1)
+    assert lr[54] == pytest.approx((1.0 + 0.1) / 2)  # half of the 90 steps after warm-up
+
+
+def test_constant_decay_stays_at_the_peak():
+    assert rates(lr=1.0, decay="constant", warmup_steps=10)[9:] == [1.0] * 91
+
+
+# ------------------------------------------------------------------------ whole runs, small
+
+
+FAST = ["--model=toy", "--image_size=32", "--context_length=32", "--batch_size=16", "--workers=0",
+        "--warmup_steps=2", "--lr=1e-3", "--dtype=float32", "--compile=False", "--log_every=1",
+        "--save_every=2", "--max_steps=12", "--crop=(0.6,1.0)"]
+
+
+@pytest.fixture(scope="module")
+def arguments(toy_world):
+    """arguments(out_dir, *more) of a twelve-step run on the small toy world, ready in 1 s."""
+    def build(out_dir, *more):
+        return [f"--data={toy_world}/pairs", f"--vocabulary={toy_world}/vocabulary/toy.tiktoken",
+                f"--out_dir={out_dir}", *FAST, *more]
+    return build
+
+
+def here(argv):
+    """pretrain.main in this process, leaving no signal handler behind."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        pretrain.main(argv)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def process(argv, *, code=None, world=1):
+    """Start `world` ranks of pretrain.py, or of `code` with the arguments; returns the Popens."""
+    port = free_port()
+    command = [sys.executable, "-c", code] if code else [sys.executable, "pretrain.py"]
+    started = []
+    for rank in range(world):
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if world > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started.append(subprocess.Popen([*command, *argv], cwd=ROOT, env=env, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return started
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def finish(started, limit=120):
+    """Exit codes and outputs; a rank that waits for a dead one is killed like torchrun would."""
+    deadline, outputs = time.time() + limit, []
+    while any(p.poll() is None for p in started) and time.time() < deadline:
+        if any(p.poll() not in (None, 0) for p in started):
+            time.sleep(0.5)
+            [p.kill() for p in started if p.poll() is None]
+        time.sleep(0.05)
+    assert all(p.poll() is not None for p in started), "a rank hangs"
+    outputs = [p.communicate()[0] for p in started]
+    return [p.returncode for p in started], outputs
+
+
+def trace(out_dir):
+    """What must not depend on when a run was interrupted: every logged figure but the clock's."""
+    keys = ("step", "samples", "loss", "lr", "scale", "grad_norm", "accuracy")
+    with open(f"{out_dir}/log.jsonl") as file:
+        return [tuple(record.get(key) for key in keys) for record in map(json.loads, file)]
+
+
+KILL = '''
+import io, os, signal, sys, torch, model, pretrain
+point, at = sys.argv.pop(1), int(sys.argv.pop(1))
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+def half(content, file):
+    whole = io.BytesIO(); torch_save(content, whole)
+    file.write(whole.getvalue()[:len(whole.getvalue()) // 2]); file.flush(); die()
+def renamed(*args):
+    replace(*args); die()
+torch_save, replace, save = torch.save, os.replace, pretrain.save
+def save_and_die(name, clip, optimizer, step, *rest):
+    if step == at:
+        if point == "opened": torch.save = die
+        if point == "half": torch.save = half
+        if point == "written": os.fsync = die
+        if point == "synced": os.replace = die
+        if point == "renamed": os.replace = renamed
+    return save(name, clip, optimizer, step, *rest)
+pretrain.save = save_and_die
+lr_at = pretrain.lr_at
+def lr_or_die(step, total_steps, config):
+    return die() if point == "step" and step == at else lr_at(step, total_steps, config)
+pretrain.lr_at = lr_or_die
+if point == "worker":
+    fetch = pretrain.Pairs.__getitems__
+    pretrain.Pairs.__getitems__ = lambda self, items: die() if items[0][1] == 16 * at \\
+        else fetch(self, items)
+pretrain.run_main(lambda: pretrain.main(sys.argv[1:]))
+'''
+
+
+def test_run_killed_again_and_again_equals_one_never_interrupted(arguments, tmp_path):
+    """Five points inside a save, two steps between saves, and a loader process; two loaders."""
+    here(arguments(tmp_path / "whole"))
+    for point, at in [("opened", 2), ("half", 2), ("step", 3), ("written", 4), ("synced", 6),
+                      ("renamed", 8), ("step", 9), ("worker", 10)]:
+        workers = "--workers=2" if point in ("worker", "renamed") else "--workers=0"
+        codes, outputs = finish(process([point, str(at), *arguments(tmp_path / "cut", workers)],
+                                        code=KILL))
+        assert codes[0] != 0, (point, outputs)
+        if (tmp_path / "cut/ckpt.pt").exists():
+            assert read_checkpoint(tmp_path / "cut/ckpt.pt")["step"] <= at
+    here(arguments(tmp_path / "cut"))
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "cut").glob("*.pt*")} <= {"ckpt.pt", "ckpt.pt.tmp"}
+
+
+@pytest.mark.parametrize("micro", [16, 6])
+def test_two_loaders_and_a_resume_change_no_digit(arguments, tmp_path, micro):
+    here(arguments(tmp_path / "whole", f"--micro_batch={micro}"))
+    finish(process(["step", "7", *arguments(tmp_path / "cut", f"--micro_batch={micro}",
+                                            "--workers=2")], code=KILL))
+    here(arguments(tmp_path / "cut", f"--micro_batch={micro}"))
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+
+
+def test_two_ranks_killed_and_resumed_equal_two_never_interrupted(arguments, tmp_path):
+    codes, outputs = finish(process(arguments(tmp_path / "whole"), world=2))
+    assert codes == [0, 0], outputs
+    finish(process(["synced", "6", *arguments(tmp_path / "cut")], code=KILL, world=2))
+    codes, outputs = finish(process(arguments(tmp_path / "cut"), world=2))
+    assert codes == [0, 0], outputs
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+
+
+def test_one_then_two_then_one_rank_see_the_same_samples_and_losses(arguments, tmp_path):
+    here(arguments(tmp_path / "alone"))
+    finish(process(["step", "4", *arguments(tmp_path / "mixed")], code=KILL))
+    finish(process(["step", "8", *arguments(tmp_path / "mixed")], code=KILL, world=2))
+    here(arguments(tmp_path / "mixed"))
+    alone, mixed = trace(tmp_path / "alone"), trace(tmp_path / "mixed")
+    assert [r[:2] for r in mixed] == [r[:2] for r in alone]
+    assert [r[2] for r in mixed] == pytest.approx([r[2] for r in alone], rel=1e-5)
+
+
+def test_torchrun_trains_on_two_cpu_ranks(arguments, tmp_path):
+    """The README's command; names in the file carry no trace of the wrapper."""
+    torchrun = pathlib.Path(sys.executable).parent / "torchrun"
+    done = subprocess.run([torchrun, "--nproc_per_node=2", f"--master_port={free_port()}",
+                           "pretrain.py", *arguments(tmp_path, "--max_steps=2")], timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    names = read_checkpoint(tmp_path / "ckpt.pt")["weights"]
+    assert not [name for name in names if "module" in name or "_orig_mod" in name]
+
+
+def test_same_seed_twice_gives_the_same_log(arguments, tmp_path):
+    here(arguments(tmp_path / "a"))
+    here(arguments(tmp_path / "b"))
+    assert trace(tmp_path / "a") == trace(tmp_path / "b")
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(arguments, tmp_path):
+    running = process(arguments(tmp_path, "--max_steps=100000", "--save_every=100000"))
+    deadline = time.time() + 60
+    while not (tmp_path / "log.jsonl").exists() or len(trace(tmp_path)) < 3:
+        assert time.time() < deadline and running[0].poll() is None
+        time.sleep(0.05)
+    running[0].terminate()
+    codes, outputs = finish(running)
+    assert codes == [0], outputs
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == trace(tmp_path)[-1][0] >= 3
+
+
+def test_full_disk_warns_keeps_the_last_checkpoint_and_goes_on(arguments, tmp_path, monkeypatch,
+                                                               capsys):
+    import resource
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = pretrain.save
+
+    def save_on_a_small_disk(name, clip, optimizer, step, *rest):
+        if step == 4:  # a file may have 100 kB from now on
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+        save(name, clip, optimizer, step, *rest)
+
+    monkeypatch.setattr(pretrain, "save", save_on_a_small_disk)
+    try:
+        here(arguments(tmp_path, "--max_steps=6"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "not written" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 2
+    assert trace(tmp_path)[-1][0] == 6 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_milestones_and_previous_checkpoints_are_kept(arguments, tmp_path):
+    here(arguments(tmp_path, "--keep_at=(32,100)", "--keep_last=2"))
+    names = {path.name for path in tmp_path.glob("*.pt")}
+    assert names == {"ckpt.pt", "ckpt_1.pt", "samples_000000000032.pt", "samples_000000000112.pt"}
+    assert read_checkpoint(tmp_path / "samples_000000000112.pt")["optimizer"] is None
+    assert read_checkpoint(tmp_path / "ckpt_1.pt")["step"] == 10
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--lr=0.5"], "lr was 0.001 in the checkpoint, is 0.5 now"),
+    (["--batch_size=8"], "batch_size was 16 in the checkpoint, is 8 now"),
+])
+def test_resume_with_another_config_is_refused(arguments, tmp_path, change, words):
+    here(arguments(tmp_path, "--max_steps=2"))
+    with pytest.raises(ValueError, match=words):
+        here(arguments(tmp_path, "--max_steps=2", *change))
+
+
+def test_resume_on_other_data_is_refused(arguments, tmp_path, toy_world):
+    here(arguments(tmp_path, "--max_steps=2"))
+    with pytest.raises(ValueError, match="pairs was .* in the checkpoint"):
+        here(arguments(tmp_path, "--max_steps=2", f"--data={toy_world}/pairs/held_out"))
+
+
+def test_resume_false_insists_on_an_empty_folder(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=2"))
+    with pytest.raises(ValueError, match="resume=False"):
+        here(arguments(tmp_path, "--resume=False"))
+
+
+def test_overfit_reaches_zero_loss(arguments, tmp_path):
+    here(arguments(tmp_path, "--overfit=16", "--max_steps=150", "--lr=3e-3", "--warmup_steps=10"))
+    assert trace(tmp_path)[-1][2] < 0.01
+
+
+def test_temperature_above_the_cap_comes_back(arguments, tmp_path, monkeypatch):
+    build = pretrain.CLIP
+
+    def hot(config):
+        clip = build(config)
+        clip.logit_scale.data.fill_(6.0)
+        return clip
+
+    monkeypatch.setattr(pretrain, "CLIP", hot)
+    here(arguments(tmp_path, "--max_steps=1"))
+    weights = read_checkpoint(tmp_path / "ckpt.pt")["weights"]
+    assert weights["logit_scale"].item() == pytest.approx(math.log(100))
+
+
+def test_last_logged_rate_is_the_minimum(arguments, tmp_path):
+    here(arguments(tmp_path, "--min_lr=1e-5"))
+    assert trace(tmp_path)[-1][3] == pytest.approx(1e-5)
+
+
+# ---------------------------------------------------------------------- perceptual initialization
+
+
+def vision_checkpoint(path, **changes):
+    """A stage-1 checkpoint of the toy size, as perceptual_init.py writes it."""
+    from model import FORMAT, VisionTower, write_checkpoint
+    config = dataclasses.replace(SIZES["toy"], **changes)
+    torch.manual_seed(5)
+    tower = VisionTower(config)
+    write_checkpoint(path, {"format": FORMAT, "kind": "vision", "model": dataclasses.asdict(config),
+                            "weights": tower.state_dict(), "optimizer": None, "step": 1,
+                            "samples": 1, "config": {}, "data": "", "vocabulary": None})
+    return tower
+
+
+def start_of(argv, monkeypatch):
+    """What the first step of a run meets: batch bytes, draws, tokens, text and vision weights."""
+    from model import weights_checksum
+    seen = {}
+    accumulate, augment = pretrain.accumulate_gradient, pretrain.augment
+
+    def look_at_weights(model, *rest):
+        seen.setdefault("text", weights_checksum(model.text.state_dict()))
+        seen.setdefault("vision", weights_checksum(model.vision.state_dict()))
+        return accumulate(model, *rest)
+
+    def look_at_batch(images, draws, augmentation):
+        seen.setdefault("batches", []).append((images.sum().item(), draws.sum().item()))
+        return augment(images, draws, augmentation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "accumulate_gradient", look_at_weights)
+        patch.setattr(pretrain, "augment", look_at_batch)
+        here(argv)
+    return seen
+
+
+def test_arms_differ_in_the_vision_tower_and_in_nothing_else(arguments, tmp_path, monkeypatch):
+    from model import weights_checksum
+    tower = vision_checkpoint(tmp_path / "vision.pt")
+    base = start_of(arguments(tmp_path / "a", "--max_steps=3"), monkeypatch)
+    ours = start_of(arguments(tmp_path / "b", "--max_steps=3",
+                              f"--init_vision={tmp_path}/vision.pt"), monkeypatch)
+    assert base["batches"] == ours["batches"] and base["text"] == ours["text"]
+    assert ours["vision"] == weights_checksum(tower.state_dict()) != base["vision"]
+
+
+def test_missing_vision_checkpoint_is_fatal(arguments, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        here(arguments(tmp_path / "run", f"--init_vision={tmp_path}/nowhere.pt"))
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+def test_vision_checkpoint_of_another_size_is_refused(arguments, tmp_path):
+    vision_checkpoint(tmp_path / "vision.pt", vision_layers=2)
+    with pytest.raises(ValueError, match="its vision_layers is 2, this run's 3"):
+        here(arguments(tmp_path / "run", f"--init_vision={tmp_path}/vision.pt"))
+
+
+def test_partial_vision_checkpoint_is_refused_by_tensor_name(arguments, tmp_path):
+    from model import write_checkpoint
+    vision_checkpoint(tmp_path / "vision.pt")
+    content = read_checkpoint(tmp_path / "vision.pt")
+    del content["weights"]["blocks.1.qkv.bias"]
+    write_checkpoint(tmp_path / "vision.pt", content)
+    with pytest.raises(ValueError, match="blocks.1.qkv.bias"):
+        here(arguments(tmp_path / "run", f"--init_vision={tmp_path}/vision.pt"))
+
+
+# -------------------------------------------------------------------------- what goes wrong
+
+
+def nan_recipe(path, when):
+    """A recipe whose augment spoils the first image of a rank's batch where `when` holds."""
+    path.write_text(f"""
+import os
+import data.images
+_calls = [0]
+def augment(images, draws, augmentation):
+    views = data.images.augment_batch(images, draws, augmentation)
+    _calls[0] += 1
+    if {when}:
+        views[0] = float("nan")
+    return views
+""")
+    return str(path)
+
+
+def test_step_without_a_finite_gradient_is_skipped_and_its_sample_named(arguments, tmp_path):
+    recipe = nan_recipe(tmp_path / "nan.py", "_calls[0] == 3")
+    codes, outputs = finish(process([recipe, *arguments(tmp_path / "run", "--max_steps=5")]))
+    assert codes == [0], outputs
+    assert outputs[0].count("skipped") == 1 and "step 3 skipped" in outputs[0]
+    assert ".tar:" in outputs[0].split("step 3 skipped")[1].split("\n")[0]
+    weights = read_checkpoint(tmp_path / "run/ckpt.pt")["weights"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_nan_on_one_of_two_ranks_skips_the_step_on_both(arguments, tmp_path):
+    recipe = nan_recipe(tmp_path / "nan.py", "_calls[0] == 2 and os.environ['RANK'] == '1'")
+    codes, outputs = finish(process([recipe, *arguments(tmp_path / "run", "--max_steps=4")],
+                                    world=2))
+    assert codes == [0, 0], outputs
+    assert "step 2 skipped" in outputs[0]
+    assert [r[0] for r in trace(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_five_steps_without_a_finite_gradient_stop_the_run(arguments, tmp_path):
+    recipe = nan_recipe(tmp_path / "nan.py", "_calls[0] >= 3")
+    codes, outputs = finish(process([recipe, *arguments(tmp_path / "run")]))
+    assert codes == [2] and "five steps up to 7" in outputs[0]
+    weights = read_checkpoint(tmp_path / "run/ckpt.pt")["weights"]
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--data=nowhere"], "nowhere"),
+    (["--vocabulary=nowhere.tiktoken"], "nowhere.tiktoken"),
+    (["--batch_size=100000"], "batch_size=100000 is more than"),
+    (["--model=ViT-B-23"], "did you mean ViT-B-32"),
+    (["--decay=cosin"], "did you mean cosine"),
+])
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, tmp_path, extra, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        here(arguments(tmp_path / "run", *extra))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_batch_that_does_not_divide_names_neighbours_that_do(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="not a multiple of 6 ranks; try 18 or 12"):
+        here(arguments(tmp_path))
