@@ -1,24 +1,21 @@
-"""CLIP: the image tower, the text tower, their sizes, and the files their weights live in.
+"""CLIP: the image tower, the text tower, their sizes, and the files that weights live in.
 
-    clip = CLIP(SIZES["ViT-B-32"])                       # random weights, as OpenAI draws them
-    clip = load_clip("ViT-B-32.pt")                      # ours, OpenAI's, open_clip's, Hugging Face's
-    python model.py out/run/ckpt.pt exported.pt openai   # (or open_clip, huggingface): write for others
+    clip = CLIP(SIZES["ViT-B-32"])                   # random weights
+    clip = load_clip("ViT-B-32.pt")                  # ours, OpenAI's, open_clip's, Hugging Face's
+    export_clip(clip, "clip.pt", "open_clip")        # or "openai"; "huggingface": a folder
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
-(arXiv 2103.00020). Letters in shape comments, here and in every other file:
+(arXiv 2103.00020). Letters in the shape comments of every file:
 
-    B batch            N vision tokens (1 + patches)    D width of a tower     E embedding
-    S image side       L text tokens (<= 77)            H heads                C classes
-    P patch side       T rows of a flat token matrix    d = D / H
+    B batch          N vision tokens (1 + patches)   D width of a tower   E embedding
+    S image side     L text tokens (at most 77)      H heads              d = D / H
+    P patch side     T rows of a flat token matrix   C classes
 """
 import hashlib
-import json
 import math
 import os
 import pickle
 import re
-import sys
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,29 +24,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-FORMAT = "perceptual-clip 1"          # first field of every checkpoint we write
-MEAN = (0.48145466, 0.4578275, 0.40821073)       # the pixel statistics CLIP was trained with
-STD = (0.26862954, 0.26130258, 0.27577711)
-TEXT_CHUNKS = 8  # captions of a batch, sorted by length, run in this many groups
+FORMAT = "perceptual-clip 1"  # the field "format" of every checkpoint of ours
+TEXT_GROUPS = 8  # captions sorted by length run in this many groups, each cut to its longest
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    embed_dim: int                # E, the space that images and captions share
-    image_size: int               # S
-    patch_size: int               # P; must divide S
+    embed_dim: int  # E, the space that images and captions share
+    image_size: int  # S
+    patch_size: int  # P, a divisor of S
     vision_width: int
     vision_layers: int
     vision_heads: int
-    context_length: int           # the most tokens of a caption, start and end included
-    vocab_size: int               # the last two ids are start and end
+    context_length: int  # most tokens of a caption, start and end included
+    vocab_size: int  # the last two ids are start and end
     text_width: int
     text_layers: int
     text_heads: int
-    quick_gelu: bool = False      # x * sigmoid(1.702 x) instead of GELU: a property of the weights
+    quick_gelu: bool = False  # x sigmoid(1.702 x) in place of GELU: a property of the weights
 
 
-SIZES = {  # METHOD.md 3.                   E    S    P   vision           text
+SIZES = {  # METHOD.md 3           E    S    P   vision       text
     "ViT-B-32": CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408, 512, 12, 8),
     "ViT-B-16": CLIPConfig(512, 224, 16, 768, 12, 12, 77, 49408, 512, 12, 8),
     "ViT-L-14": CLIPConfig(768, 224, 14, 1024, 24, 16, 77, 49408, 768, 12, 12),
@@ -58,63 +53,79 @@ SIZES = {  # METHOD.md 3.                   E    S    P   vision           text
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# The towers
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------- towers ----------------------------------------------
+
+def linear(d_in, d_out, std, bias=True):
+    """A linear layer with normal weights and no initial bias."""
+    layer = nn.Linear(d_in, d_out, bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def attend(qkv, spans, heads, causal):
+    """Attention within each sequence of a flat matrix (see Block): qkv (T, 3D) -> (T, D)."""
+    mixed = []
+    for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
+        q, k, v = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
+        mixed.append(y.transpose(1, 2).reshape(count * length, -1))  # (count * length, D)
+    return torch.cat(mixed)
+
+
+# Caption lengths change with every batch; outside of compiled graphs they recompile nothing.
+attend_ragged = torch.compiler.disable(attend)
+
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a flat matrix of tokens.
+    """Pre-norm transformer block on a flat matrix of tokens x (T, D).
 
-    Sequences of any lengths lie one after another in x (T, D), where `spans`, a tuple of
-    (count, length), says how they are cut: T = sum(count * length). Everything but attention
-    is one large matrix product, however ragged the batch is.
+    Sequences lie one after another; `spans`, a tuple of (count, length), says how to cut them:
+    T = sum of count * length. However ragged a batch, all but attention is one matrix product.
+    Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to PyTorch's
+    defaults; like Hugging Face we treat both alike. The patch embedding keeps the default.
     """
 
-    def __init__(self, width, heads, quick_gelu):
+    def __init__(self, width, layers, heads, quick_gelu):
         super().__init__()
         self.heads, self.quick_gelu = heads, quick_gelu
+        shrink = (2 * layers) ** -0.5  # two additions to the residual stream a layer
         self.ln_1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = linear(width, 3 * width, width ** -0.5)
+        self.out = linear(width, width, width ** -0.5 * shrink)
         self.ln_2 = nn.LayerNorm(width)
-        self.fc = nn.Linear(width, 4 * width)
-        self.proj = nn.Linear(4 * width, width)
+        self.fc = linear(width, 4 * width, (2 * width) ** -0.5)
+        self.proj = linear(4 * width, width, width ** -0.5 * shrink)
 
     def forward(self, x, spans, causal):
-        """x (T, D) -> (T, D)."""
+        """x (T, D) -> (T, D). Only text is causal, and only text is ragged."""
+        attention = attend_ragged if causal else attend
         qkv = self.qkv(self.ln_1(x))  # (T, 3D)
-        mixed = []
-        for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
-            part = part.view(count, length, 3, self.heads, -1)
-            q, k, v = part.permute(2, 0, 3, 1, 4)  # each (count, H, length, d)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-            mixed.append(y.transpose(1, 2).reshape(count * length, -1))  # (count * length, D)
-        return self.mlp(x + self.out(torch.cat(mixed)))
+        return self.mlp(x + self.out(attention(qkv, spans, self.heads, causal)))
 
     def read(self, x, spans, rows, ends=None):
-        """The same block for one token per sequence: x (T, D), rows (B,) -> (B, D).
+        """The same for one token a sequence: x (T, D), rows (B,) of x -> (B, D).
 
-        What the tower reads out at its end is a single token, so its last block needs keys and
-        values of all tokens but one query a sequence. `ends` (B,): the query's place within its
-        sequence, beyond which it may not look (causal); None: it sees the whole sequence.
+        A tower is read at a single token, so its last block needs keys and values of all tokens
+        but one query a sequence: a twelfth less work in ViT-B-32's towers. `ends` (B,): the
+        query's place in its sequence, which hides what is behind it (causal).
         """
-        width = x.shape[1]
+        width, counts, sizes = x.shape[1], [n for n, _ in spans], [n * m for n, m in spans]
         h = self.ln_1(x)  # (T, D)
-        q = F.linear(h[rows], self.qkv.weight[:width], self.qkv.bias[:width])  # (B, D)
-        kv = F.linear(h, self.qkv.weight[width:], self.qkv.bias[width:])  # (T, 2D)
-        counts = [count for count, _ in spans]
-        masks = [None] * len(spans) if ends is None else ends.split(counts)
-        mixed = []
-        for q, kv, mask, (count, length) in zip(
-                q.split(counts), kv.split([n * m for n, m in spans]), masks, spans):
+        queries = F.linear(h.index_select(0, rows), self.qkv.weight[:width], self.qkv.bias[:width])
+        keys_values = F.linear(h, self.qkv.weight[width:], self.qkv.bias[width:])  # (T, 2D)
+        ends, mixed = [None] * len(spans) if ends is None else ends.split(counts), []
+        parts = zip(queries.split(counts), keys_values.split(sizes), ends, spans)
+        for q, kv, end, (count, length) in parts:
             q = q.view(count, 1, self.heads, -1).transpose(1, 2)  # (count, H, 1, d)
             k, v = kv.view(count, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            if mask is not None:
-                mask = torch.arange(length, device=x.device) <= mask[:, None]  # (count, length)
-                mask = mask[:, None, None]  # (count, 1, 1, length)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            mixed.append(y.reshape(count, width))
-        return self.mlp(x[rows] + self.out(torch.cat(mixed)))
+            mask = None
+            if end is not None:  # (count, 1, 1, length)
+                mask = (torch.arange(length, device=x.device) <= end[:, None])[:, None, None]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (count, H, 1, d)
+            mixed.append(y.reshape(count, width))  # (count, D)
+        return self.mlp(x.index_select(0, rows) + self.out(torch.cat(mixed)))  # (B, D)
 
     def mlp(self, x):
         h = self.fc(self.ln_2(x))  # (T, 4D)
@@ -123,151 +134,136 @@ class Block(nn.Module):
 
 
 def run_blocks(tower, x, spans, rows, ends=None):
-    """x (T, D) through the tower's blocks -> the tokens at `rows` (B, D)."""
+    """x (T, D) through all blocks -> the tokens at `rows` (B, D); `ends` as in Block.read."""
+    causal = ends is not None
     for block in tower.blocks[:-1]:
-        if tower.recompute:  # keep x only; the backward pass computes the block again
-            x = checkpoint(block, x, spans, ends is not None, use_reentrant=False)
+        if tower.recompute:  # keep x only: the backward pass computes the block a second time
+            x = checkpoint(block, x, spans, causal, use_reentrant=False)
         else:
-            x = block(x, spans, ends is not None)
+            x = block(x, spans, causal)
     return tower.blocks[-1].read(x, spans, rows, ends)
 
 
-def initialise(tower, width, layers):
-    """Weights of OpenAI's published initialisation (CLIP.initialize_parameters), biases zero.
-
-    OpenAI applies it to the text tower and leaves the vision blocks to PyTorch's defaults; like
-    Hugging Face we apply it to both. The patch embedding keeps the default, U(+-1/sqrt(fan_in)).
-    """
-    stds = {"qkv": width ** -0.5, "out": width ** -0.5 * (2 * layers) ** -0.5,
-            "fc": (2 * width) ** -0.5, "proj": width ** -0.5 * (2 * layers) ** -0.5}
-    for block in tower.blocks:
-        for name, std in stds.items():
-            nn.init.normal_(getattr(block, name).weight, std=std)
-            nn.init.zeros_(getattr(block, name).bias)
-    nn.init.normal_(tower.projection.weight, std=width ** -0.5)
-
-
 class VisionTower(nn.Module):
-    """Images (B, 3, S, S), normalised floats -> embeddings (B, E), not of unit length."""
+    """Images (B, 3, S, S), normalised -> embeddings (B, E), not yet of unit length."""
 
     def __init__(self, config):
         super().__init__()
-        width, self.patch_size = config.vision_width, config.patch_size
-        self.config = config
-        self.recompute = False
+        self.config, self.patch_size, self.info = config, config.patch_size, {}
+        self.recompute = False  # True: activation checkpointing
+        width, layers, std = config.vision_width, config.vision_layers, config.vision_width ** -0.5
         tokens = 1 + (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
-        self.position_embedding = nn.Parameter(width ** -0.5 * torch.randn(tokens, width))
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        self.position_embedding = nn.Parameter(std * torch.randn(tokens, width))
         self.patch_embed = nn.Linear(3 * config.patch_size ** 2, width, bias=False)
         self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, config.vision_heads, config.quick_gelu)
-                                    for _ in range(config.vision_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, layers, config.vision_heads, config.quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
-        initialise(self, width, config.vision_layers)
+        self.projection = linear(width, config.embed_dim, std, bias=False)
 
     def forward(self, images):
-        size, p = images.shape[0], self.patch_size
-        x = images.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, 3, S/P, P, S/P, P)
+        batch, patch = len(images), self.patch_size
+        x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, S/P, P, S/P, P)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N-1, 3PP)
         x = self.patch_embed(x)  # (B, N-1, D)
-        first = self.class_embedding.expand(size, 1, -1)
-        x = torch.cat([first, x], 1) + self.position_embedding  # (B, N, D)
+        x = torch.cat([self.class_embedding.expand(batch, 1, -1), x], 1)  # (B, N, D)
         tokens = x.shape[1]
-        x = self.ln_pre(x).flatten(0, 1)  # (B*N, D)
-        rows = torch.arange(0, size * tokens, tokens, device=x.device)
-        x = run_blocks(self, x, ((size, tokens),), rows)  # (B, D)
+        x = self.ln_pre(x + self.position_embedding).flatten(0, 1)  # (B*N, D)
+        rows = torch.arange(0, batch * tokens, tokens, device=x.device)  # class tokens
+        x = run_blocks(self, x, ((batch, tokens),), rows)  # (B, D)
         return self.projection(self.ln_post(x))  # (B, E)
 
 
 class TextTower(nn.Module):
-    """Token ids (B, L) int64, zero padded -> embeddings (B, E), not of unit length.
+    """Token ids (B, L) int64 -> embeddings (B, E), not yet of unit length.
 
-    Causal; the feature is read at the end token, which has the highest id. Tokens behind it
-    therefore change nothing and are not computed (`without_padding`).
+    Causal, and read at the end token, the highest id: what is behind it changes nothing, and is
+    not computed.
     """
 
     def __init__(self, config):
         super().__init__()
-        width = config.text_width
         self.recompute = False
+        width, layers = config.text_width, config.text_layers
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.position_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, config.text_heads, config.quick_gelu)
-                                    for _ in range(config.text_layers))
-        self.ln_final = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        initialise(self, width, config.text_layers)
+        self.position_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.blocks = nn.ModuleList(
+            Block(width, layers, config.text_heads, config.quick_gelu) for _ in range(layers))
+        self.ln_final = nn.LayerNorm(width)
+        self.projection = linear(width, config.embed_dim, width ** -0.5, bias=False)
 
     def forward(self, tokens):
         x, spans, rows, ends, back = self.without_padding(tokens)
-        x = run_blocks(self, x, spans, rows, ends)  # (B, D), sorted by length
-        return self.projection(self.ln_final(x))[back]  # (B, E), in the given order
+        x = run_blocks(self, x, spans, rows, ends).index_select(0, back)  # (B, D)
+        return self.projection(self.ln_final(x))  # (B, E)
 
-    @torch.compiler.disable
+    def compile(self, **options):
+        """Compiles the blocks in place, for any T; they share one graph."""
+        for block in self.blocks:
+            block.compile(dynamic=True, **options)
+
     def without_padding(self, tokens):
-        """Sorts captions by length and cuts them in TEXT_CHUNKS groups, each to its longest.
+        """Sorts captions by length and cuts them into groups, each to its longest.
 
-        tokens (B, L) -> x (T, D) embedded rows; spans; rows (B,) of the end tokens in x and
-        `ends` (B,), their places in the caption; back (B,) undoes the sorting. Exact, since the
-        tower is causal. Lengths are needed on the host: tokens that lie there cost no wait for
-        the device. Stays outside torch.compile, whose graph then knows sizes only.
+        tokens (B, L) -> x (T, D) embedded; spans of the groups; rows (B,) of x with the end
+        tokens; ends (B,), their places in the captions; back (B,), which undoes the sorting.
+        Lengths are read on the host: ids that lie there cost no wait for the device. The last i
+        of K groups hold (i/K)^2 of the captions, for at the long end lengths differ most:
+        captions of 17 tokens in the mean then cost about 20 each, not 77.
         """
         device = self.position_embedding.device
         tokens = tokens.cpu()
         ends, order = tokens.argmax(1).sort()
-        ids, spans, rows, places = [], [], [], []
-        for chosen, end in zip(order.chunk(TEXT_CHUNKS), ends.chunk(TEXT_CHUNKS)):
-            count, length = len(end), int(end[-1]) + 1
-            first = sum(n * m for n, m in spans)
-            rows.append(first + torch.arange(count) * length + end)
-            ids.append(tokens[chosen, :length].flatten())
+        parts = [1 - (i / TEXT_GROUPS) ** 2 for i in range(TEXT_GROUPS + 1)]
+        cuts = sorted({round(len(tokens) * part) for part in parts})  # fewer if the batch is small
+        ids, rows, spans, total = [], [], [], 0
+        for first, last in zip(cuts, cuts[1:]):
+            count, length = last - first, int(ends[last - 1]) + 1
+            ids.append(tokens[order[first:last], :length].flatten())  # (count * length,)
+            rows.append(total + length * torch.arange(count) + ends[first:last])  # (count,)
             spans.append((count, length))
-        ids, rows, ends, back = (to_device(t, device) for t in (
-            torch.cat(ids), torch.cat(rows), ends, order.argsort()))
-        places = [self.position_embedding[:m].repeat(n, 1) for n, m in spans]
-        return self.token_embedding(ids) + torch.cat(places), tuple(spans), rows, ends, back
-
-
-def to_device(tensor, device):
-    """A host tensor to the device without waiting for it: pinned memory, asynchronous copy."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+            total += count * length
+        plan = [torch.cat(ids), torch.cat(rows), ends, order.argsort()]
+        if device.type == "cuda":  # a copy from pinned memory does not stop the host
+            plan = [tensor.pin_memory() for tensor in plan]
+        ids, rows, ends, back = (tensor.to(device, non_blocking=True) for tensor in plan)
+        places = torch.cat([self.position_embedding[:m].repeat(n, 1) for n, m in spans])  # (T, D)
+        return self.token_embedding(ids) + places, tuple(spans), rows, ends, back
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature. `logit_scale` is the log of what multiplies the cosines."""
+    """Both towers and `logit_scale`, the log of the factor on the cosines (1 / temperature)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vocabulary, self.info = None, {}  # text of the .tiktoken file; origin (load_clip)
-        self.text = TextTower(config)  # drawn first: one seed, one text tower in every arm
+        self.vocabulary, self.info = None, {}  # text of the .tiktoken file; origin of the weights
+        self.text = TextTower(config)
         self.vision = VisionTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images):
-        """Images (B, 3, S, S), normalised -> (B, E) fp32 of unit length."""
+        """Images (B, 3, S, S), normalised -> (B, E) fp32, of unit length."""
         return F.normalize(self.vision(images).float(), dim=-1)
 
     def encode_text(self, tokens):
-        """Token ids (B, L), best left on the host -> (B, E) fp32 of unit length."""
+        """Token ids (B, L), best left on the host -> (B, E) fp32, of unit length."""
         return F.normalize(self.text(tokens).float(), dim=-1)
 
     def forward(self, images, tokens):
-        """-> image embeddings (B, E), text embeddings (B, E), scale () of their cosines."""
+        """-> image embeddings (B, E), text embeddings (B, E), the scale () of their cosines."""
         return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()
 
 
 def optimizer_groups(module, weight_decay):
-    """Two AdamW groups, decayed and not, of the parameters that require gradients.
+    """AdamW's groups, decayed and not: dicts of params, names and weight_decay (METHOD.md 3).
 
-    METHOD.md 3: no decay on gains, biases, class and position embeddings, temperature; those
-    are what has fewer than two dimensions, and the position embeddings.
+    Not decayed: what has less than two dimensions (gains, biases, class embedding, temperature)
+    and position embeddings. Frozen parameters are in neither.
     """
-    groups = [{"params": [], "names": [], "weight_decay": wd} for wd in (weight_decay, 0.0)]
+    groups = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             group = groups[parameter.ndim < 2 or name.endswith("position_embedding")]
@@ -276,12 +272,35 @@ def optimizer_groups(module, weight_decay):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------
-# Our checkpoints
-# ---------------------------------------------------------------------------------------------
+def flops_per_pair(config, text_tokens=None):
+    """Floating point operations to train on a pair whose caption has `text_tokens` (None: all 77).
+
+    A multiply-add is 2. A token costs a layer 6DD (qkv) + 2DD (out) + 16DD (MLP) + 4D * tokens
+    (attention), a patch 6PPD, a projection 2DE; backward is twice forward. ViT-B-32: 3 * (8.82 +
+    5.96) = 44.3 GFLOP. Nominal: padding, masked scores and all of the last blocks count.
+    """
+    def blocks(tokens, width, layers):
+        return layers * tokens * (24 * width ** 2 + 4 * width * tokens)
+
+    patches = (config.image_size // config.patch_size) ** 2
+    vision = blocks(1 + patches, config.vision_width, config.vision_layers)
+    text = blocks(text_tokens or config.context_length, config.text_width, config.text_layers)
+    ends = 6 * patches * config.patch_size ** 2 * config.vision_width
+    ends += 2 * (config.vision_width + config.text_width) * config.embed_dim
+    return 3.0 * (vision + text + ends)
+
+
+def peak_flops(device_name):
+    """Dense bf16 FLOP/s by its maker's data sheet of a torch.cuda.get_device_name(), or None."""
+    tera = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362,
+            "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307}
+    return next((1e12 * tera[n] for n in tera if re.search(rf"\b{n}\b", device_name)), None)
+
+
+# ------------------------------------------ files ----------------------------------------------
 
 def write_checkpoint(path, content):
-    """Writes so that a crash at any moment leaves the old file or the new one, never a mixture."""
+    """Writes a file that, whenever we are stopped, is the old one or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -290,84 +309,92 @@ def write_checkpoint(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must reach the disk too
-    try:
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk as well
         os.fsync(folder)
-    finally:
         os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path):
+    """A file of torch.save as a dict, without running code from it; errors take one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights are expected")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # no tensors and plain values, or no pickle at all
+        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        reason = f"it would run {code[1]}" if code else "not a weights file, or one with code"
+        raise ValueError(f"{path}: refused, {reason}") from None
+    except (RuntimeError, EOFError, KeyError):
+        raise ValueError(f"{path}: cut short, or not a weights file") from None
+    return content if isinstance(content, dict) else {}
 
 
 def read_checkpoint(path):
-    """One of our checkpoints as a dict; a one-line ValueError for anything else."""
-    content = read_tensors(path)
+    """One of our checkpoints as a dict; one-line ValueError or FileNotFoundError otherwise."""
+    content = read_file(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this project (no format={FORMAT!r} in it)")
     return content
 
 
-def read_tensors(path):
-    """Any weights file as a dict, without running code from it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights file is expected")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        danger = f"it would run {code[1]} when read" if code else "not a weights file"
-        raise ValueError(f"{path}: refused: {danger}") from None
-    except (RuntimeError, EOFError):
-        raise ValueError(f"{path}: cut short or not a weights file") from None
-
-
 def weights_checksum(weights):
-    """First 16 hex digits of a sha256 over names and bytes of a state dict, in order of names."""
+    """16 hex digits: sha256 over names and bytes of a state dict, in the names' order."""
     digest = hashlib.sha256()
-    for name in sorted(weights):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
 def load_clip(path, device="cpu", quick_gelu=None):
-    content = read_checkpoint(path)
-    if content["kind"] != "clip":
-        raise ValueError(f"{path}: holds a vision tower only (stage 1), a whole CLIP is needed")
-    clip = CLIP(CLIPConfig(**content["model"]))
-    clip.load_state_dict(content["weights"])
-    clip.vocabulary = content["vocabulary"]
-    clip.info = {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-                 "format": "ours", "step": content["step"], "samples": content["samples"]}
-    return clip.to(device).eval()
+    """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
+
+    Names tell which it is, but not whether its GELU is the quick one: OpenAI's is, Hugging Face's
+    config.json says, a bare open_clip file is not unless `quick_gelu` is True; the choice is
+    printed. One-line ValueError or FileNotFoundError for anything else, naming the tensor.
+    """
+    return load(path, "clip", quick_gelu).to(device)
 
 
 def load_vision(path, device="cpu"):
-    content = read_checkpoint(path)
-    if content["kind"] != "vision":
-        clip = load_clip(path, device)
-        clip.vision.info = clip.info
-        return clip.vision
-    vision = VisionTower(CLIPConfig(**content["model"]))
-    vision.load_state_dict(content["weights"])
-    vision.info = {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-                   "format": "ours", "step": content["step"], "samples": content["samples"]}
-    return vision.to(device).eval()
+    """The vision tower, in eval mode, of a stage-1 checkpoint or of a CLIP; see load_clip."""
+    return load(path, "vision", None).to(device)
 
 
-def flops_per_pair(config, text_tokens=None):
-    """Floating point operations to train on one pair."""
-    def tower(tokens, width, layers):
-        return layers * tokens * (24 * width ** 2 + 4 * tokens * width)
-    patches = (config.image_size // config.patch_size) ** 2
-    vision = tower(1 + patches, config.vision_width, config.vision_layers)
-    vision += 2 * patches * 3 * config.patch_size ** 2 * config.vision_width
-    text = tower(text_tokens or config.context_length, config.text_width, config.text_layers)
-    heads = 2 * (config.vision_width + config.text_width) * config.embed_dim
-    return 3.0 * (vision + text + heads)
+def load(path, kind, quick_gelu):
+    """The module in a weights file: all its tensors and no other, each in its shape."""
+    from data import foreign  # only to read and write files is this needed
+    path = foreign.weights_file(path)
+    content = foreign.read_archive(path) or read_file(path)
+    stage_1 = content.get("kind") == "vision"
+    if stage_1 and kind == "clip":
+        raise ValueError(f"{path}: a vision tower alone (stage 1); a whole CLIP is needed here")
+    if content.get("format") == FORMAT:
+        layout, fields, weights = "ours", content["model"], content["weights"]
+    else:
+        layout, fields, weights = foreign.recognise(path, content, quick_gelu)
+    with torch.device("meta"):  # shapes without memory or random draws
+        module = (VisionTower if stage_1 else CLIP)(CLIPConfig(**fields))
+    module.load_state_dict(foreign.to_ours(path, weights, module.state_dict(), layout), assign=True)
+    if not stage_1:
+        module.vocabulary = content.get("vocabulary")
+        module = module if kind == "clip" else module.vision
+    module.info = {"path": str(path), "sha256": foreign.sha256(path), "format": layout,
+                   "step": content.get("step"), "samples": content.get("samples")}
+    return module.eval()
 
 
-def peak_flops(device_name):
-    return None
+def export_clip(clip, path, layout):
+    """Writes a file for OpenAI's code ("openai") or open_clip, or a folder ("huggingface").
+
+    The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
+    layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
+    """
+    from data import foreign
+    weights = foreign.to_layout(clip.state_dict(), layout)
+    if layout == "huggingface":
+        foreign.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
+    else:
+        write_checkpoint(path, weights | foreign.constants(asdict(clip.config), layout))
