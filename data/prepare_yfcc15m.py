@@ -188,8 +188,7 @@ def main(argv=None):
         raise ValueError("parquet files are read by pyarrow: pip install pyarrow")
     Tokenizer(args.vocabulary)  # a wrong path shows now, not in each process
     sources = find_sources(args.source)[:args.files]
-    for folder in ("done", "fetched"):
-        (args.target / folder).mkdir(parents=True, exist_ok=True)
+    (args.target / "done").mkdir(parents=True, exist_ok=True)
     for stale in args.target.glob("*.tar.*.tmp"):  # of a run that was killed
         stale.unlink()
     todo = [source for source in sources
