@@ -113,6 +113,10 @@ def main(argv=None):
     parser.add_argument("--url", default=URL, help="where the zip is; default: its publishers")
     args = parser.parse_args(argv)
     if not (args.folder / "data.csv").exists():
+        there = [path.name for path in args.folder.glob("*")]
+        if there and not any(name.startswith("nights.zip") for name in there):  # mistyped?
+            raise ValueError(f"{args.folder}: has files, but no data.csv; name NIGHTS' own folder, "
+                             "or a new one to fetch it into")
         archive = download(args.url, args.folder / "nights.zip")
         extract(archive, args.folder)
         archive.unlink()

@@ -298,6 +298,12 @@ def test_a_stopped_unpacking_is_gone_on_from_and_writes_the_csv_last(tmp_path, m
     prepare_nights.check(tmp_path / "nights", COUNTS)
 
 
+def test_a_folder_of_other_things_gets_no_download(tmp_path):
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(ValueError, match="has files, but no data.csv"):
+        prepare_nights.main([str(tmp_path), "--url=http://127.0.0.1:1/n.zip"])
+
+
 def link_member():
     info = zipfile.ZipInfo("nights/ref/link.png")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
