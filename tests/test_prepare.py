@@ -673,7 +673,7 @@ def test_without_pyarrow_one_line_says_what_to_install(release, tmp_path, vocabu
 # ---------------------------------------------------------------------------------------- progress
 
 def test_progress_gives_the_rate_since_the_first_unit_and_the_time_left(monkeypatch, capsys):
-    clock = iter([0.0, 100.0, 100.0, 120.0, 120.0])  # made; first unit after 100 s; the next after 20
+    clock = iter([0.0, 100.0, 100.0, 120.0, 120.0])  # made; the first unit after 100 s; +20 s
     monkeypatch.setattr("data.progress.time.monotonic", lambda: next(clock))
     line = Progress("files", 16, "files", done=5)
     monkeypatch.setattr("data.progress._EVERY", 1e9)
