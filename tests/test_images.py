@@ -349,14 +349,14 @@ def augmented(pictures, column=None, value=None):
     draws = neutral(len(pictures))
     if column is not None:
         draws[:, column] = value
-    return (augment_batch(pictures, draws) * STD + MEAN) * 255
+    return (augment_batch(pictures, draws, PAPER) * STD + MEAN) * 255
 
 
 SQUARE = [scene(64, 64, seed) for seed in range(3)]
 
 
 def test_neutral_draws_change_nothing():
-    made = augment_batch(batch(*SQUARE), neutral(3))
+    made = augment_batch(batch(*SQUARE), neutral(3), PAPER)
     torch.testing.assert_close(made, normalise(batch(*SQUARE)), atol=5e-6, rtol=0)  # hue and back
 
 
@@ -411,7 +411,7 @@ def test_each_sample_has_its_own_order_of_the_four():
     draws[:, images.BRIGHTNESS:images.ORDER] = torch.tensor(factors)
     draws[:, images.ORDER:] = torch.tensor(orders)
     pictures = batch(SQUARE[0]).expand(24, -1, -1, -1)
-    made = augment_batch(pictures, draws) * STD + MEAN
+    made = augment_batch(pictures, draws, PAPER) * STD + MEAN
     for order, found in zip(orders, made):
         pixels = pictures[:1].float() / 255
         for operation in order:  # one at a time through the function itself, held to Pillow above
@@ -424,21 +424,23 @@ def test_each_sample_has_its_own_order_of_the_four():
 
 def test_a_sample_is_augmented_alike_in_any_batch(drawn):
     pictures, draws = batch(*SQUARE, *SQUARE), torch.from_numpy(drawn[:6])
-    whole = augment_batch(pictures, draws)
+    whole = augment_batch(pictures, draws, PAPER)
     for i in range(6):
-        torch.testing.assert_close(augment_batch(pictures[i:i + 1], draws[i:i + 1])[0], whole[i],
-                                   atol=1e-5, rtol=0)  # a mean in another order
+        alone = augment_batch(pictures[i:i + 1], draws[i:i + 1], PAPER)[0]
+        torch.testing.assert_close(alone, whole[i], atol=1e-5, rtol=0)  # a mean in another order
 
 
-@pytest.mark.parametrize("used", [Augmentation(), Augmentation(flip=0.5), Augmentation(grey_p=0.5),
+@pytest.mark.parametrize("used", [None, Augmentation(), Augmentation(flip=0.5),
+                                  Augmentation(grey_p=0.5),
                                   Augmentation(jitter=(0.4, 0, 0, 0), jitter_p=0.5),
                                   Augmentation(blur_p=0.5)])
 def test_leaving_out_what_is_never_used_changes_nothing(used):
     rng = np.random.default_rng(0)
-    draws = torch.from_numpy(np.stack([draw_augmentation(used, rng) for _ in range(12)]))
+    draws = torch.from_numpy(np.stack([draw_augmentation(used or Augmentation(), rng)
+                                       for _ in range(12)]))
     pictures = batch(*SQUARE * 4)
-    torch.testing.assert_close(augment_batch(pictures, draws, used), augment_batch(pictures, draws),
-                               atol=5e-6, rtol=0)
+    torch.testing.assert_close(augment_batch(pictures, draws, used),
+                               augment_batch(pictures, draws, PAPER), atol=5e-6, rtol=0)
 
 
 def test_the_device_part_compiles_as_one_graph_with_equal_results(drawn):
