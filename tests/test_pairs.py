@@ -76,8 +76,8 @@ def test_world_size_and_workers_change_no_byte_of_a_step(pairs, world, workers):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_change_no_bit_of_the_augmented_images(pairs, micro_batch):
     batch = batches(pairs, 8, stop=1)[0]
-    whole = augment_batch(batch["images"], batch["draws"])
-    parts = [augment_batch(*rows) for rows in zip(batch["images"].split(micro_batch),
+    whole = augment_batch(batch["images"], batch["draws"], PAPER)
+    parts = [augment_batch(*rows, PAPER) for rows in zip(batch["images"].split(micro_batch),
                                                   batch["draws"].split(micro_batch))]
     assert torch.equal(torch.cat(parts), whole)
 
