@@ -1,17 +1,23 @@
 """Captions to token ids and back: byte pair encoding as CLIP does it, through tiktoken.
 
-    tokenizer = Tokenizer("data/clip.tiktoken")     # or the text of such a file (checkpoints)
+    tokenizer = Tokenizer("data/clip.tiktoken")     # or the text of such a file, as in checkpoints
     tokenizer(["a dog", "two cats"])                # (2, 77) int64: start, words, end, zeros
 
-CLIP marks the end of each word with "</w>", and a word is what a regular expression finds.
-tiktoken knows no such mark, so a vocabulary file here ends every word with the byte NUL, which
-text never holds; each word found gets a NUL, and tiktoken's own pattern is "up to the NUL".
-A line of the file is "base64(token) rank"; ranks 0-511 are the 256 bytes and the 256 bytes with
-the mark, a higher rank is a merge. The start id is the number of ranks, the end id one more.
+CLIP cuts a caption into words by a regular expression and marks the end of each. tiktoken has no
+such mark, so here it is the byte NUL, which text never holds: a `.tiktoken` file has it at the end
+of the tokens that end a word, each word gets one, and tiktoken's own pattern is "up to a NUL".
+A line of the file is "base64(token) rank". Ranks 0-511 are the 256 bytes, without mark and with;
+those above are merges. The start id is the number of ranks, the end id one more.
+
+Ids equal those of OpenAI's and open_clip's tokenizers, except for what only ftfy repairs: mojibake
+("cafÃ©" for "café") and terminal escapes stay as they are. And "<|endoftext|>" in a caption is
+spelled like any other characters instead of ending it. Packages that clean less (transformers,
+instant-clip-tokenizer) agree on the cleaned text; on the raw one they differ where `clean` acts.
 """
 import base64
 import hashlib
 import html
+import re
 import unicodedata
 from pathlib import Path
 
@@ -20,71 +26,120 @@ import regex  # comes with tiktoken; the standard re has no classes for letters 
 import tiktoken
 import torch
 
-# A word, after lower-casing: as in CLIP's tokenizer. The NUL, found alone, parts two captions.
-WORD = (r"\x00|<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-        r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x00]+")
-MAX_CHARACTERS = 10_000  # a caption is cut here; its first 75 tokens are long past
+# CLIP's words, of lower-case text. A NUL of its own parts two captions; see Tokenizer._encode.
+WORD = r"\x00|'s|'t|'re|'ve|'m|'ll|'d|[{letter}]+|[{number}]|[^\s{letter}{number}\x00]+"
+find_words = regex.compile(WORD.format(letter=r"\p{L}", number=r"\p{N}")).findall
+find_ascii_words = re.compile(WORD.format(letter="a-z", number="0-9")).findall  # twice as fast
 
 
 class Tokenizer:
-    """Encodes captions with the vocabulary of a `.tiktoken` file, given as path or as its text."""
+    """Encodes captions with the vocabulary of a `.tiktoken` file, given as its path or its text.
+
+    .text, .fingerprint (16 hex digits of the text's sha256), .size (ids, with start and end),
+    .start, .end. ValueError or FileNotFoundError, in one line, for a file that is none.
+    """
 
     def __init__(self, vocabulary):
-        self.text = vocabulary if "\n" in str(vocabulary) else Path(vocabulary).read_text()
-        ranks = {}
-        for line in self.text.split("\n"):
-            if line:
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
-        self.fingerprint = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        self.text = str(vocabulary)
+        if "\n" not in self.text:
+            if not Path(vocabulary).is_file():
+                raise FileNotFoundError(
+                    f"vocabulary {vocabulary}: no such file; CLIP's is made by "
+                    "`python -m data.prepare_vocabulary`, the toy world's by `python -m data.toy`")
+            self.text = Path(vocabulary).read_text(encoding="utf-8")
+        ranks = read_ranks(self.text, "vocabulary" if vocabulary == self.text else vocabulary)
         self.start, self.end, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
-        self._bpe = tiktoken.Encoding("words", pat_str=r"[^\x00]*\x00", mergeable_ranks=ranks,
-                                      special_tokens={})
-        self._gap = ranks[b"\0"]  # the token of an empty word: no caption holds one
-        self._word = regex.compile(WORD)
+        self.fingerprint = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        self._gap = ranks[b"\0"]  # the id of a word of no characters
+        self._bpe = tiktoken.Encoding(
+            "captions", pat_str=r"[^\x00]*\x00", mergeable_ranks=ranks, special_tokens={})
 
-    def encode(self, captions):
-        """List of captions -> list of lists of ids, without start and end."""
-        ids, lengths = self._encode(captions)
-        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    def __reduce__(self):
+        return Tokenizer, (self.text,)  # so that worker processes can be given one
 
     def __call__(self, captions, context_length=77):
-        """Caption or list of them -> (B, context_length) int64: start, ids, end, zeros."""
+        """Caption or list of B -> (B, context_length) int64: start, ids, end, zeros.
+
+        What is too long is cut; the end stays. None and "" give start, end.
+        """
         ids, lengths = self._encode([captions] if isinstance(captions, str) else captions)
-        firsts = np.cumsum(lengths) - lengths
-        table = np.zeros((len(lengths), context_length), np.int64)
         kept = np.minimum(lengths, context_length - 2)
         rows = np.repeat(np.arange(len(kept)), kept)
-        columns = np.arange(len(rows)) - np.repeat(np.cumsum(kept) - kept, kept)
+        places = np.arange(len(rows)) - np.repeat(kept.cumsum() - kept, kept)
+        table = np.zeros((len(kept), context_length), np.int64)
         table[:, 0] = self.start
-        table[rows, 1 + columns] = ids[firsts[rows] + columns]
+        table[rows, 1 + places] = ids[(lengths.cumsum() - lengths)[rows] + places]
         table[np.arange(len(kept)), 1 + kept] = self.end
         return torch.from_numpy(table)
 
+    def encode(self, captions):
+        """List of captions -> list of lists of ids, without start and end, uncut."""
+        ids, lengths = self._encode(captions)
+        ids, ends = ids.tolist(), lengths.cumsum().tolist()
+        return [ids[first:last] for first, last in zip([0, *ends], ends)]
+
     def decode(self, ids):
-        """Ids -> text: words parted by spaces; start, end and what follows the end are left out."""
+        """Ids -> their words with spaces between; start, and all from the end on, are left out."""
         ids = [int(i) for i in ids]
         ids = ids[:ids.index(self.end)] if self.end in ids else ids
         text = self._bpe.decode_bytes([i for i in ids if i != self.start])
         return text.replace(b"\0", b" ").decode("utf-8", "replace").strip()
 
     def _encode(self, captions):
-        """-> ids of all captions one after another, and the number of each: numpy arrays."""
-        if not len(captions):
-            return np.zeros(0, np.uint32), np.zeros(0, np.int64)
-        words = self._word.findall(" \0 ".join(map(clean, captions)) + " \0")
-        # "a dog" + gap -> "a NUL dog NUL NUL": two words and an empty one
-        ids = self._bpe.encode_to_numpy("".join(
-            [word + "\0" if word != "\0" else "\0" for word in words]))
-        gaps = np.flatnonzero(ids == self._gap)
-        return ids[ids != self._gap], np.diff(gaps, prepend=-1) - 1
+        """List of B captions -> ids of all, one after another, and their numbers (B,): arrays.
+
+        One pass for the whole list. ["a dog", "cat"] -> "a dog \\0 cat \\0" -> words a, dog, \\0,
+        cat, \\0 -> "a\\0dog\\0\\0\\0cat\\0\\0\\0": behind each caption two empty words, whose id
+        nothing else has.
+        """
+        text = "".join([clean(caption) + " \0 " for caption in captions])
+        words = (find_ascii_words if text.isascii() else find_words)(text)
+        ids = self._bpe.encode_to_numpy("\0".join([*words, ""]))
+        gaps = ids == self._gap
+        return ids[~gaps], np.diff(np.flatnonzero(gaps), prepend=-1)[::2] - 1
 
 
-def clean(text):
-    """Text as CLIP cleans it, as far as the standard library goes; None is an empty caption."""
-    text = (text or "")[:MAX_CHARACTERS].replace("\0", " ")
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
+def read_ranks(text, name):
+    """{token: rank} of a `.tiktoken` file's text; ValueError if there is no use for it here."""
+    try:
+        lines = [line.split() for line in text.splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise ValueError(f"{name}: not a .tiktoken file (lines of base64 and rank)") from None
+    bytes_needed = {bytes([byte]) + mark for byte in range(256) for mark in (b"", b"\0")}
+    if sorted(ranks.values()) != list(range(len(lines))) or not bytes_needed <= ranks.keys():
+        raise ValueError(f"{name}: ranks 0 to n - 1 and all bytes, without and with NUL, needed; "
+                         "`python -m data.prepare_vocabulary` makes such a file")
+    return ranks
+
+
+def repairs():
+    """What ftfy, as CLIP calls it, does to single characters: {code: replacement}."""
+    quotes = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
+    quotes |= dict.fromkeys(range(0x201C, 0x2020), '"')
+    controls = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
+                *range(0xFFF9, 0xFFFD)]
+    ligatures = [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4),
+                 *range(0xFB00, 0xFB07)]
+    widths = [0x3000, *range(0xFF01, 0xFFF0)]  # characters as wide as a Chinese one, or half
+    same = {code: unicodedata.normalize("NFKC", chr(code)) for code in ligatures + widths}
+    return quotes | dict.fromkeys(controls) | same
+
+
+REPAIRS = repairs()
+
+
+def clean(caption):
+    """A caption as CLIP cleans it, as far as the standard library goes; lower case.
+
+    HTML entities twice; then, unless all is printable ASCII: curly quotes straight, ligatures and
+    wide letters apart, control characters (NUL too) dropped, lone surrogates to U+FFFD, NFC.
+    White space is left to the words' pattern. None is a caption without words.
+    """
+    text = caption or ""
     if "&" in text:
         text = html.unescape(html.unescape(text))
+    if not (text.isascii() and text.isprintable()):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = unicodedata.normalize("NFC", text.translate(REPAIRS))
     return text.lower()
