@@ -96,13 +96,11 @@ def milestones(path):
             raise ValueError(f"{path}: no such size; known are {', '.join(SIZES)}")
         return [path]
     path = os.path.normpath(path)
-    if not os.path.isdir(path):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such checkpoint")
-        return [path]
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     last = os.path.join(path, "ckpt.pt")
     if not os.path.isfile(last):
-        raise FileNotFoundError(f"{last}: no such checkpoint; {path} is no run's folder")
+        return [path]  # a file, or a folder as Hugging Face has them
     end = read_checkpoint(last)["samples"]
     found = {int(match[1]): str(file) for file in Path(path).glob("samples_*.pt")
              if (match := re.fullmatch(r"samples_(\d+)\.pt", file.name))}
@@ -191,7 +189,7 @@ def settings_of(path, about):
     """Kind of a checkpoint of this project; notes its seed and warm-up. None for a foreign file."""
     try:
         content = read_checkpoint(path)
-    except ValueError:  # load_clip knows the foreign formats, and says what is wrong
+    except (ValueError, FileNotFoundError):  # load_clip knows the foreign formats and folders
         return None
     settings = content["config"]
     about["seed"] = settings.get("seed")
@@ -299,6 +297,8 @@ def describe(label, task):
 
 def look(names, config, device):
     """Draw what each checkpoint finds nearest to --query or --image: <out>/query.png."""
+    if config.image and not os.path.isfile(config.image):
+        raise FileNotFoundError(f"image={config.image}: no such file")
     pool, rows, asked = Pool(config.images, config.pool), [], None
     if config.image:
         try:
@@ -391,6 +391,7 @@ def report(arms, found, rows, config):
         curves = results.scaling([{"name": arm["name"], "seeds": [
             [found[path] for path in seed] for seed in arm["seeds"]]} for arm in arms])
         results.write_json(os.path.join(config.out, "scaling.json"), curves)
+        print(results.scaling_markdown(curves))
         try:
             results.draw_scaling(curves, os.path.join(config.out, "scaling.png"))
         except ImportError:

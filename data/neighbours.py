@@ -40,13 +40,13 @@ def draw_rows(title, asked, rows, pool, side=128, columns=8):
     """A picture: for each (label, similarities (n,)) the most similar pairs, best first."""
     font, line = ImageFont.load_default(12), 16  # pixels
     height = side + 5 * line  # of a row: its name, its images, three lines of caption, a gap
-    size = columns * (side + 8) + 8, 2 * line + (len(rows) + bool(asked)) * height
+    top = 2 * line + (side + line if asked else 0)  # below the title and the image asked for
+    size = columns * (side + 8) + 8, top + len(rows) * height
     sheet = Image.new("RGB", size, "white")
-    pen, top = ImageDraw.Draw(sheet), 2 * line
+    pen = ImageDraw.Draw(sheet)
     pen.text((8, 8), f"nearest to: {title}", "black", font)
     if asked:
-        sheet.paste(ImageOps.contain(asked, (side, side)), (8, top))
-        top += height
+        sheet.paste(ImageOps.contain(asked, (side, side)), (8, 2 * line))
     for label, similar in rows:
         pen.text((8, top), label, "black", font)
         for column, i in enumerate(similar.topk(min(columns, len(pool))).indices.tolist()):

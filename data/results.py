@@ -512,6 +512,28 @@ def _curves(names, arms):
     return curves
 
 
+def scaling_markdown(scaling):
+    """The fits of the means over sets as a Markdown table, with the caveat."""
+    lines = []
+    for group, arms in scaling["curves"].items():
+        for arm, curve in arms.items() if group.startswith("mean of") else ():
+            fit, reached = curve["fit"], curve["samples_to_baseline"]
+            lines.append([group, arm, f"{100 * curve['points'][-1]['mean']:.1f}",
+                          *_fit_cells(fit), f"{reached:,.0f}" if reached else "not reached"])
+    header = ["curve", "arm", "final, %", "exponent", "R²", "points",
+              f"samples to final of {scaling['baseline']}"]
+    near = ", ".join(scaling["near_chance"]) or "none"
+    return f"{table(header, lines)}\n\nToo near chance to be fitted: {near}.\n{scaling['caveat']}\n"
+
+
+def _fit_cells(fit):
+    """Exponent with its interval, R², and how many points were used."""
+    if fit is None:
+        return ["-"] * 3
+    ends = " [{:.3f}, {:.3f}]".format(*fit["interval"]) if fit["interval"] else ""
+    return [f"{fit['exponent']:.3f}{ends}", f"{fit['r2']:.3f}", fit["points"]]
+
+
 def draw_scaling(scaling, path):
     """The curves of `scaling` as a PNG: a panel for each mean over sets, the caveat below."""
     import matplotlib  # optional: the caller says what to install
@@ -538,9 +560,8 @@ def draw_scaling(scaling, path):
 def _draw_curve(axis, arm, curve, color):
     """One arm: its points with the deviation over seeds, and its power law dashed."""
     points, fit = curve["points"], curve["fit"]
-    if fit and fit["interval"]:
-        low, high = fit["interval"]
-        arm += f": exponent {fit['exponent']:.3f} [{low:.3f}, {high:.3f}]"
+    if fit:
+        arm += ": exponent {}, R² {}, {} points".format(*_fit_cells(fit))
         ends = np.array([curve["fitted"][0], curve["fitted"][-1]], float)
         axis.plot(ends, 100 * fit["factor"] * ends ** fit["exponent"], "--", color=color)
     axis.errorbar([point["samples"] for point in points], [100 * point["mean"] for point in points],

@@ -253,6 +253,7 @@ FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message 
     "another vocabulary": (another_vocabulary, {}, "has 600 tokens, the vocabulary 514"),
     "no folder of sets": (None, {"benchmarks": "none"}, "benchmarks=none: no such folder"),
     "nothing to do": (None, {"benchmarks": ""}, "nothing to do"),
+    "an image that is a folder": (None, {"images": "x", "image": ROOT}, "no such file"),
     "a query of nothing": (None, {"query": "red"}, "goes with --query=TEXT or --image=FILE"),
     "an unknown list": (None, {"list": "codes"}, "list=codes: must be code or plan"),
     "an unknown precision": (None, {"dtype": "half"}, "must be float32 or bfloat16"),

@@ -298,3 +298,11 @@ def test_a_set_within_two_standard_errors_of_chance_is_left_out():
 
 def test_the_caveat_is_with_the_curves():
     assert "not independent budgets" in results.scaling([milestones("base", [0.3, 0.4])])["caveat"]
+
+
+def test_the_table_of_curves_shows_exponent_and_samples_to_the_baseline():
+    text = results.scaling_markdown(results.scaling([milestones("base", [0.3, 0.4, 0.5]),
+                                                     milestones("pi", [0.4, 0.5, 0.6])]))
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    row = next(row for row in rows if row[1:3] == ["mean of plain", "pi"])
+    assert row[3] == "60.0" and row[4].startswith("0.364 [") and row[6:8] == ["3", "2,000"]
