@@ -5,9 +5,8 @@
 
 In: triplets (data/triplets.py); for the post-hoc control also `init`, a CLIP whose vision tower is
 fine-tuned and which is saved whole, its text tower bit for bit as it was. Out, in out_dir: ckpt.pt
-(the last), best.pt (lowest validation loss), log.jsonl, record/. The same command goes on where the
-last one stopped. One device is enough: NIGHTS with ViT-B/32 is 576 steps. Paper: arXiv 2505.14204.
-b triplets of a micro-batch, n of a split; S and E as in model.py.
+(the last), best.pt (lowest validation loss), log.jsonl, record/. The same command resumes it. One
+device is enough. Paper: arXiv 2505.14204. b triplets of a micro-batch, n of a split.
 """
 import math
 import os
@@ -107,8 +106,10 @@ def build(config, device):
     tower = whole.vision if config.init else whole
     for key in ("image_size", "patch_size", "vision_width", "vision_layers", "embed_dim"):
         if getattr(whole.config, key) != getattr(size, key):
-            raise ValueError(f"init={config.init}: its {key} is {getattr(whole.config, key)}, "
-                             f"model={config.model} here has {getattr(size, key)}")
+            raise ValueError(f"init={config.init}: its {key} is not {getattr(size, key)} as here")
+    if config.benchmarks and getattr(whole, "vocabulary", None) is None:
+        raise ValueError(f"benchmarks={config.benchmarks}: prompts need a vocabulary, and init="
+                         f"{config.init!r} brings none; leave benchmarks empty")
     whole.requires_grad_(False)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(config.train == "all" or ".qkv." in name)
@@ -131,7 +132,7 @@ def accumulate(tower, batch, epoch, config, device):
 
 
 def look(whole, tower, splits, folder, config, device):
-    """Loss and 2AFC of splits, main metrics of the zero-shot sets in `folder` if any; float32."""
+    """Loss and 2AFC of splits, main metrics of the zero-shot sets in `folder`, if any; float32."""
     figures = {}
     for triplets in splits:
         sides = embed_triplets(tower.forward, triplets, config.image_size, device)  # 3 x (n,E)

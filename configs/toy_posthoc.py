@@ -2,7 +2,8 @@
 
     python pretrain.py configs/toy.py && python perceptual_init.py configs/toy_posthoc.py
 
-As METHOD.md 4 (qkv only, Adam without decay); the rate is scaled like the toy's stage 1.
+As METHOD.md 4 (qkv only, Adam without decay), but at the rate of the toy's stage 1: at a fiftieth
+of it, as for NIGHTS, so few steps would hardly move the tower.
 """
 from configs.toy_nights import *
 

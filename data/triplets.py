@@ -242,7 +242,7 @@ def read_rows(file):
 def _table_of(file):
     """Header, and [(row number, {column: cell})] without blank lines."""
     try:
-        with open(file, newline="", encoding="utf-8-sig") as lines:
+        with open(_file(file), newline="", encoding="utf-8-sig") as lines:
             header, *table = list(csv.reader(lines)) or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a readable CSV in UTF-8: {error}") from None
@@ -381,7 +381,10 @@ def convert_rdm(matrix_npy, images_txt, out_csv, seed, per_anchor):
 
 def _matrix(matrix_npy, count):
     """A dissimilarity matrix (count, count): finite, symmetric."""
-    matrix = np.load(matrix_npy, allow_pickle=False)
+    try:
+        matrix = np.load(_file(matrix_npy), allow_pickle=False)
+    except ValueError:  # pickled objects are refused unread
+        raise ValueError(f"{matrix_npy}: not a NumPy file of numbers") from None
     if matrix.shape != (count, count) or count < 3:
         raise ValueError(f"{matrix_npy}: shape {matrix.shape}; {count} images need "
                          f"({count}, {count}), and at least 3 of them")
@@ -396,7 +399,7 @@ def _matrix(matrix_npy, count):
 def image_list(images_txt, out_csv):
     """Paths of a list, one a line, checked to be files inside out_csv's folder."""
     folder = pathlib.Path(out_csv).parent
-    names = pathlib.Path(images_txt).read_text(encoding="utf-8-sig").splitlines()
+    names = _file(images_txt).read_text(encoding="utf-8-sig").splitlines()
     for number, name in enumerate(names, 1):
         try:
             _inside(name, "path")
@@ -406,6 +409,12 @@ def image_list(images_txt, out_csv):
             raise FileNotFoundError(f"{images_txt}, row {number}: no file {name!r} in {folder}; "
                                     "OUT.csv must lie where the paths of the list begin")
     return names
+
+
+def _file(path):
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return pathlib.Path(path)
 
 
 def write_triplets(out_csv, found, names, seed):
