@@ -5,8 +5,8 @@ augmentation are drawn by `sample_rng(seed, epoch, sample)`. Ranks, workers and 
 makes a sample and when, never which or how.
 
     pairs = Pairs(folder, tokenizer, image_size, seed, context_length, Augmentation(), pick_caption)
-    batches = PairBatches(len(pairs), batch_size, rank, world_size, start_step, stop_step)
-    loader = DataLoader(pairs, batch_sampler=batches, collate_fn=as_loaded, num_workers=8)
+    order = PairBatches(len(pairs), batch_size, rank, world_size, start_step, stop_step)
+    for batch in load_batches(pairs, order, workers=8): ...
 
 n pairs, b of them in a batch of this rank, L text tokens, S image side. Each process keeps the
 order of one epoch: 4 bytes a pair, 60 MB at 15 million.
@@ -165,17 +165,15 @@ class PairBatches(Sampler):
     """Yields [(epoch, position), ...]: this rank's contiguous part of each batch of n pairs.
 
     batch_size counts all ranks. Steps go from start_step to before stop_step; the pairs that do
-    not fill a batch at the end of an epoch are left out. Raises ValueError for a batch that n or
-    world_size does not allow.
+    not fill a batch at the end of an epoch are left out. Raises ValueError for a batch of more than
+    n.
     """
 
     def __init__(self, n, batch_size, rank, world_size, start_step, stop_step):
-        if batch_size % world_size:
-            near = batch_size // world_size * world_size
-            raise ValueError(f"batch_size={batch_size} is not a multiple of {world_size} ranks; "
-                             f"try {near or world_size} or {near + world_size}")
+        assert batch_size % world_size == 0, "Ranks.share() refuses such a batch"
         if batch_size > n:
-            raise ValueError(f"batch_size={batch_size} is more than the {n} pairs there are")
+            raise ValueError(f"batch_size={batch_size} is more than the {n} pairs there are; "
+                             f"take at most {n}, or more pairs")
         self.steps, self.batch_size = range(start_step, stop_step), batch_size
         self.steps_per_epoch = n // batch_size
         self.share = batch_size // world_size
@@ -216,12 +214,13 @@ def _in_worker(_):
 def check_shared_memory(workers, batch_size, image_size):
     """Raise ValueError if the batches that wait for the loop cannot lie in shared memory.
 
-    batch_size: of one rank. A worker has two batches ready; one more is in use and one on its way.
-    Images only: tokens add half a percent. A full /dev/shm kills workers without a word.
+    batch_size: of one rank; all ranks of the machine are counted. A worker has two batches ready;
+    one more is in use and one on its way. Images only: tokens add half a percent. A full /dev/shm
+    kills workers without a word.
     """
     if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
-    batches = 2 * workers + 2
+    batches = (2 * workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     need = batches * batch_size * 3 * image_size**2
     free = shutil.disk_usage(SHARED_MEMORY).free
     if need > free:

@@ -12,9 +12,10 @@ sample need not be neighbours; members of other kinds (.json, ...) are passed ov
 random access by (shard, offset, size): nothing is unpacked, nothing is copied.
 
 An index takes 60 bytes a pair, its key, and 8 bytes plus 2 a token for each caption: about 110
-bytes a pair, 1.7 GB for 15 million, all memory-mapped. A process that builds it holds one shard's
-worth; an interrupted build goes on after the shards it has finished. A shard whose size or time
-has changed makes the index stale, so copy data with their times (cp -a, rsync -a) or pay again.
+bytes a pair, 1.7 GB for 15 million, all memory-mapped. Building it takes 0.7 minutes of one core
+a million pairs, plus the disk's time for headers and captions; a process holds one shard's worth,
+and an interrupted build goes on after the shards it has finished. A shard whose size or time has
+changed makes the index stale: copy data with their times (cp -a, rsync -a), or pay again.
 """
 import argparse
 import fcntl
