@@ -4,7 +4,8 @@
     python -m data.prepare_vocabulary --merges=bpe_simple_vocab_16e6.txt.gz
 
 The merges (1.4 MB) are taken from --merges, a file or an address; without it from an installed
-open_clip, and else from OpenAI's repository. Wherever from, they must have the published sha256.
+open_clip (`pip install --no-deps open_clip_torch` is enough), and else from OpenAI's repository.
+Wherever from, they must have the published sha256.
 """
 import argparse
 import base64
@@ -20,13 +21,10 @@ SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 MERGES = 48_894  # CLIP uses the first of those in the file: 2 * 256 bytes + merges + 2 = 49,408
 
 
-def find_merges(source=None):
-    """Path or address of the merges if none is named: an installed open_clip's, or OpenAI's."""
-    if source is None:
-        package = importlib.util.find_spec("open_clip")  # found, not imported
-        file = package and Path(package.submodule_search_locations[0], NAME)
-        source = str(file) if file and file.is_file() else URL
-    return source
+def published_merges():
+    """Path of the merges in an installed open_clip, or OpenAI's address."""
+    package = importlib.util.find_spec("open_clip")  # found, not imported
+    return str(Path(package.submodule_search_locations[0], NAME)) if package else URL
 
 
 def read_merges(source):
@@ -74,7 +72,7 @@ def main(argv=None):
     parser.add_argument("--merges", help="file or address; default: an installed open_clip's, or "
                                          "OpenAI's repository")
     args = parser.parse_args(argv)
-    source = find_merges(args.merges)
+    source = args.merges or published_merges()
     text = tiktoken_text(read_merges(source))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(args.out.name + ".part")
