@@ -483,14 +483,14 @@ def embed(encode, items, device, batch_size, workers=0, dtype="float32", ranks=N
     loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=_as_is,
                         pin_memory=device.type == "cuda")
     parts, error, progress = [], None, _progress(label, batches, "images", ranks)
-    for pixels in loader:
-        if isinstance(pixels, str):
-            error = pixels
-            break
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+        for pixels in loader:  # within one autocast, which converts the weights once
+            if isinstance(pixels, str):
+                error = pixels
+                break
             parts.append(encode(normalise(pixels.to(device, non_blocking=True))).float().cpu())
-        if progress:
-            progress.add(len(pixels))
+            if progress:
+                progress.add(len(pixels))
     return torch.cat(_exchange(parts, error, ranks))
 
 
@@ -505,12 +505,12 @@ def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="f
     batches = [new[i:i + batch_size] for i in range(0, len(new), batch_size)]
     own = _dealt(batches, ranks)
     parts, progress = [], _progress(label, own, "texts", ranks)
-    for batch in own:
-        tokens = tokenizer(batch, clip.config.context_length)  # (b,L) int64
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+        for batch in own:
+            tokens = tokenizer(batch, clip.config.context_length)  # (b,L) int64
             parts.append(clip.encode_text(tokens).float().cpu())
-        if progress:
-            progress.add(len(batch))
+            if progress:
+                progress.add(len(batch))
     for batch, part in zip(batches, _exchange(parts, None, ranks)):
         cache.update(zip(batch, part))
     return torch.stack([cache[text] for text in texts])  # (len(texts),E)

@@ -90,11 +90,11 @@ def text_cases(clip, tokenizer, peer, peer_tokenizer, args, device):
 def report(what, count, seconds):
     """Rows of the table: rates of both, and how many times ours is as fast."""
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        ours, theirs = seconds["ours", dtype], seconds.get(("open_clip", dtype))
-        rate = [[count / s for s in side] if side else None for side in (ours, theirs)]
-        rows.append([what, dtype, spread(rate[0], ""), spread(rate[1], "") if theirs else "-",
-                     ratio(theirs, ours) if theirs else "-"])
+    for dtype, other in (("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")):
+        ours, theirs = seconds["ours", dtype], seconds.get(("open_clip", other))
+        rates = [spread([count / s for s in side], "") if side else "-" for side in (ours, theirs)]
+        precisions = dtype if dtype == other else f"{dtype}, open_clip in {other}"
+        rows.append([what, precisions, *rates, ratio(theirs, ours) if theirs else "-"])
     return rows
 
 
