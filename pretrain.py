@@ -6,7 +6,6 @@
 In: tar shards of image-caption pairs, a vocabulary and, for perceptual initialization, the vision
 tower of stage 1 (init_vision). Out: out_dir/ckpt.pt (newest), samples_*.pt (milestones), log.jsonl,
 bad_samples.tsv and record/. The same command, given again, goes on where the last one stopped.
-
 Letters as in model.py; B is the global batch, b this rank's share of it.
 """
 import contextlib
@@ -21,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config, run_main,
-                     stop_on_signals, write_record)
+from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
+                     run_main, stop_on_signals, write_record)
 from data.benchmarks import Pixels, embed, embed_texts, evaluate_set, find_sets, retrieve
 from data.images import Augmentation, augment_batch
 from data.pairs import BadSamples, BadSteps, HeldOut, PairBatches, Pairs, load_batches
 from data.ranks import GatherRows, Ranks
 from data.text import Tokenizer
-from model import (CLIP, SIZES, flops_per_pair, load_vision, optimizer_groups, peak_flops,
+from model import (CLIP, FORMAT, SIZES, flops_per_pair, load_vision, optimizer_groups, peak_flops,
                    read_checkpoint, weights_checksum, write_checkpoint)
 
 # What may differ when a run goes on: it does not change what is learnt. (Of data and vocabulary
@@ -139,16 +138,13 @@ def contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale, fi
     """
     def rows_loss(rows, others, labels):
         return F.cross_entropy(scale * rows @ others.T, labels, reduction="sum")
-
     b = len(image_emb)
     labels = torch.arange(first_row, first_row + b, device=image_emb.device)  # (b,)
     loss = 0.0
     for rows, others in ((image_emb, all_text_emb), (text_emb, all_image_emb)):
         for part, label in zip(rows.split(chunk or b), labels.split(chunk or b)):  # (chunk, E)
-            if chunk and torch.is_grad_enabled():
-                loss = loss + checkpoint(rows_loss, part, others, label, use_reentrant=False)
-            else:
-                loss = loss + rows_loss(part, others, label)
+            loss = loss + (checkpoint(rows_loss, part, others, label, use_reentrant=False)
+                           if chunk else rows_loss(part, others, label))
     return loss / (2 * b)
 
 
@@ -231,17 +227,18 @@ def look(clip, tokenizer, held_out, step, config, ranks):
 
 
 def save(name, clip, optimizer, step, bad, data, config):
-    """Write out_dir/name; optimizer=None for a milestone. A full disk is a warning, not an end."""
+    """Write out_dir/name; milestones without optimizer state. A full disk is a warning, no end."""
     path = os.path.join(config.out_dir, name)
-    content = {"format": "perceptual-clip 1", "kind": "clip", "data": data, "bad": bad, "step": step,
+    content = {"format": FORMAT, "kind": "clip", "data": data, "bad": bad, "step": step,
                "samples": step * config.batch_size, "model": dataclasses.asdict(clip.config),
                "weights": clip.state_dict(), "config": dataclasses.asdict(config),
-               "optimizer": optimizer and optimizer.state_dict(), "vocabulary": clip.vocabulary}
+               "optimizer": optimizer.state_dict() if name == "ckpt.pt" else None,
+               "vocabulary": clip.vocabulary}
     try:
         if config.keep_last > 1 and name == "ckpt.pt" and os.path.exists(path):
             keep_previous(path, config.keep_last - 1)
         write_checkpoint(path, content)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save makes the one of the other
         print(f"warning: {path} not written ({error}); the last one stays, the run goes on")
 
 
@@ -249,9 +246,9 @@ def load_run(path, clip, optimizer, data, config):
     """Put the run saved at `path` back; returns (step, bad counts). ValueError if it is another."""
     saved = read_checkpoint(path)
     fixed = set() if config.exact_negatives else {"micro_batch"}
-    words = [Tokenizer(text).fingerprint for text in (saved["vocabulary"], clip.vocabulary)]
-    check_resume(saved["config"] | {"pairs": saved["data"], "words": words[0]},
-                 dataclasses.asdict(config) | {"pairs": data, "words": words[1]}, MAY_CHANGE - fixed)
+    old, new = (Tokenizer(text).fingerprint for text in (saved["vocabulary"], clip.vocabulary))
+    check_resume(saved["config"] | {"pairs": saved["data"], "words": old},
+                 dataclasses.asdict(config) | {"pairs": data, "words": new}, MAY_CHANGE - fixed)
     clip.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"], saved["bad"]
@@ -260,10 +257,9 @@ def load_run(path, clip, optimizer, data, config):
 def start_from_vision(clip, path):
     """Put stage 1's vision tower into `clip`, every tensor of it; returns the line to print."""
     vision = load_vision(path)
-    for field in ("image_size", "patch_size", "vision_width", "vision_layers", "vision_heads",
-                  "embed_dim", "quick_gelu"):
-        theirs, ours = getattr(vision.config, field), getattr(clip.config, field)
-        if theirs != ours:
+    for field, ours in dataclasses.asdict(clip.config).items():
+        theirs = getattr(vision.config, field)
+        if theirs != ours and not field.startswith(("text_", "vocab_", "context_")):
             raise ValueError(f"init_vision={path}: its {field} is {theirs}, this run's {ours}")
     clip.vision.load_state_dict(vision.state_dict())
     return (f"vision tower from {path}: {len(vision.state_dict())} tensors, "
@@ -279,18 +275,15 @@ def main(argv=None):
         raise ValueError(f"resume=False, but {newest} is there; choose another out_dir")
     stop, device = stop_on_signals(), ranks.start()
 
-    # ---- 2. data; rank 0 comes first and builds the index, the others find it
-    if ranks.rank > 0:
-        ranks.total(0)
+    # ---- 2. data; rank 0 builds the index, then the others find it
     tokenizer = Tokenizer(config.vocabulary)
     augmentation = None if config.overfit else Augmentation(
         config.crop, flip=config.flip, jitter=config.jitter, jitter_p=config.jitter_p,
         grey_p=config.grey_p, blur_p=config.blur_p, blur_sigma=config.blur_sigma)
-    pairs = Pairs(config.data, tokenizer, config.image_size, config.seed, config.context_length,
-                  augmentation, pick_caption, limit=config.overfit)
-    held_out = HeldOut(config.held_out) if config.held_out else None
-    if ranks.rank == 0:
-        ranks.total(0)
+    with ranks.first_alone():
+        pairs = Pairs(config.data, tokenizer, config.image_size, config.seed, config.context_length,
+                      augmentation, pick_caption, limit=config.overfit)
+        held_out = HeldOut(config.held_out) if config.held_out else None
     total_steps = config.max_steps or config.epochs * (len(pairs) // config.batch_size)
 
     # ---- 3. model and optimizer; the seed fixes the text tower whatever the vision tower becomes
@@ -331,13 +324,12 @@ def main(argv=None):
     # ---- 5. the loop; its state is step, the loader, bad_samples and bad_steps
     batches = load_batches(pairs, order, config.workers, pin_memory=device.type == "cuda")
     bad_samples, bad_steps = BadSamples(config.out_dir, bad), BadSteps(pairs)
-    stopped, profiler = False, None
-    if config.profile:  # steps 3 to 7, for chrome://tracing or perfetto
-        profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(f"{config.out_dir}/trace.json"))
+    profiler = torch.profiler.profile(  # steps 3 to 7, for chrome://tracing or perfetto
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(f"{config.out_dir}/trace.json"))
+    if config.profile:
         profiler.start()
-    first_step, started = step, time.time()
+    first_step, started, stopped = step, time.time(), False
     logged_step, logged, waited = step, started, 0.0
     while step < total_steps and not stopped:
         asked = time.time()
@@ -359,50 +351,45 @@ def main(argv=None):
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=math.log(100))
+        clip.logit_scale.data.clamp_(max=math.log(100))  # the parameter, not the graph
         bad_steps.add(step, batch["samples"], image_emb + text_emb, grad_norm)
         bad_samples.add(batch["bad"])
         step += 1
+        samples, last = step * config.batch_size, step == total_steps
         # Hosts agree on stopping and on bad samples; this does not wait for a GPU.
         stopped, bad_total = ranks.total(len(stop), bad_samples.total)
-        bad_samples.check(bad_total, step * config.batch_size, ranks)
-        last = step == total_steps or bool(stopped)
+        bad_samples.check(bad_total, samples, ranks)
 
         # ---- 6. log, look, save
-        if step % config.log_every == 0 or step == 1 or last:
+        if step % config.log_every == 0 or step == 1 or last or stopped:
             bad_steps.check(ranks, log.say)
-            right = (image_emb[:1024] @ text_emb.T).argmax(1).cpu() == torch.arange(min(local, 1024))
-            loss, accuracy = ranks.mean(torch.stack([loss, right.float().mean().to(device)]))
+            nearest = (image_emb[:1024] @ text_emb.T).argmax(1)                # of 1,024 suffice
+            right = (nearest == torch.arange(len(nearest), device=device)).float().mean()
+            loss, accuracy = ranks.mean(torch.stack([loss, right]))
             now = time.time()
             rate = (step - logged_step) * config.batch_size / (now - logged)
-            record = {"step": step, "samples": step * config.batch_size, "loss": loss,
-                      "chance_loss": math.log(config.batch_size),
-                      "lr": optimizer.param_groups[0]["lr"], "scale": clip.logit_scale.exp().item(),
-                      "grad_norm": grad_norm.item(), "accuracy": accuracy, "pairs_per_s": rate,
-                      "data_wait": waited / (now - logged), "utilisation": peak and
-                      rate * flops_per_pair(clip.config) / (peak * ranks.world)}
-            log.write(record)
+            log.write({
+                "step": step, "samples": samples, "loss": loss, "accuracy": accuracy,
+                "chance_loss": math.log(config.batch_size), "lr": optimizer.param_groups[0]["lr"],
+                "scale": clip.logit_scale.exp().item(), "grad_norm": grad_norm.item(),
+                "pairs_per_s": rate, "data_wait": waited / (now - logged), "utilisation": peak and
+                rate * flops_per_pair(clip.config) / (peak * ranks.world)})
             logged_step, logged, waited = step, time.time(), 0.0
         if (held_out or config.benchmarks) and (
-                step == total_steps or config.eval_every and step % config.eval_every == 0):
+                last or config.eval_every and step % config.eval_every == 0):
             log.write(look(clip, tokenizer, held_out, step, config, ranks))
-        crossed = any(0 <= step * config.batch_size - at < config.batch_size for at in config.keep_at)
-        due = last or step % config.save_every == 0
-        if crossed or due:
-            bad = bad_samples.counts(ranks)
-            state = (step, bad, pairs.fingerprint, config)
-            if ranks.rank == 0 and crossed:
-                save(f"samples_{step * config.batch_size:012d}.pt", clip, None, *state)
-            if ranks.rank == 0 and due:
-                save("ckpt.pt", clip, optimizer, *state)
-        if profiler:
+        crossed = any(0 <= samples - at < config.batch_size for at in config.keep_at)
+        names = [f"samples_{samples:012d}.pt"] * crossed
+        names += ["ckpt.pt"] * bool(last or stopped or step % config.save_every == 0)
+        bad = bad_samples.counts(ranks) if names else bad
+        for name in names if ranks.rank == 0 else ():
+            save(name, clip, optimizer, step, bad, pairs.fingerprint, config)
+        if config.profile:
             profiler.step()
 
     # ---- 7. the summary
     seconds, done = time.time() - started, (step - first_step) * config.batch_size
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss
     log.say(f"step {step:,} of {total_steps:,}, {step * config.batch_size:,} samples; replaced: "
             f"{', '.join(f'{n} {why}' for why, n in bad.items()) or 'none'}; {clock(seconds)}, "
             f"{done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")

@@ -2,6 +2,7 @@
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it a process is alone and nothing waits.
 """
+import contextlib
 import os
 
 import torch
@@ -33,6 +34,15 @@ class Ranks:
         if self.world > 1:  # both back ends: hosts exchange counts without waiting for a GPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         return device
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """The block runs on rank 0 first, then on the others: for files that it leaves behind."""
+        if self.rank > 0:
+            self.total(0)
+        yield
+        if self.rank == 0:
+            self.total(0)
 
     def stop(self):
         """Leave the group."""
