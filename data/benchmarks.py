@@ -165,6 +165,13 @@ class BenchmarkSet(Dataset):
                 if "{c}" not in template:
                     raise ValueError(f"{folder}/zeroshot_classification_templates.txt:{number}: "
                                      f"{template!r} has no {{c}} for the class name")
+        samples_sha256 = self._index()
+        self.fingerprints = {"classnames_sha256": _sha256(self.classnames),
+                             "templates_sha256": _sha256(self.templates),
+                             "samples_sha256": samples_sha256}
+
+    def _index(self):
+        """Note where each sample's image lies, and its label; sha256 of names, sizes and labels."""
         self._places, self._names, labels, self.captions = [], [], [], []
         digest = hashlib.sha256()
         for place, name, label, raw in self._scan():
@@ -177,11 +184,9 @@ class BenchmarkSet(Dataset):
             self._names.append(name)
             digest.update(f"{name} {place[2]} ".encode() + raw)
         if not self._places:
-            raise ValueError(f"{folder}: its shards hold no samples")
+            raise ValueError(f"{self.folder}: its shards hold no samples")
         self.labels = np.array(labels, dtype=np.int64)
-        self.fingerprints = {"classnames_sha256": _sha256("\n".join(self.classnames).encode()),
-                             "templates_sha256": _sha256("\n".join(self.templates).encode()),
-                             "samples_sha256": digest.hexdigest()}
+        return digest.hexdigest()
 
     def __len__(self):
         return len(self._places)
@@ -276,7 +281,7 @@ class BenchmarkSet(Dataset):
                 raise ValueError("no caption")
             return captions
         if kind == "npy":
-            label = np.load(io.BytesIO(raw), allow_pickle=False)
+            label = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
             if label.shape != (classes,) or not np.isin(label, (0, 1)).all():
                 raise ValueError(f"must be {classes} values of 0 or 1, as classnames.txt has lines")
             return label
@@ -321,7 +326,7 @@ def write_set(folder, name, classnames, templates, samples, family=None,
     target = os.path.join(folder, f"wds_{name}_test")
     if os.path.exists(target):
         raise ValueError(f"{target}: exists; remove it to write it anew")
-    draft = target + ".tmp"
+    draft = os.path.join(folder, f".{name}.tmp")  # find_sets passes it over
     shutil.rmtree(draft, ignore_errors=True)  # left by an interrupted run
     os.makedirs(os.path.join(draft, "test"))
     texts = {"dataset_type.txt": dataset_type}
@@ -347,8 +352,8 @@ def write_set(folder, name, classnames, templates, samples, family=None,
     return target
 
 
-def _sha256(content):
-    return hashlib.sha256(content).hexdigest()
+def _sha256(lines):
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _label_bytes(dataset_type, label):

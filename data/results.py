@@ -347,17 +347,21 @@ def markdown(comparison, rows=()):
     """
     arms, sets = list(comparison["arms"]), comparison["sets"]
     rows = {row.sets[0]: row for row in rows} if comparison["list"] else {}
-    header = ["set", "family", "n", "metric", *arms, *["OpenAI B/32"] * bool(rows)]
+    header = ["set", "family", "n", "metric", *arms]
+    if rows:  # top-1/top-5 (recall@1 both ways) of one run beside what CLIP_benchmark published
+        header += ["top-1/top-5", "OpenAI B/32"] if len(arms) == 1 else ["OpenAI B/32"]
     lines = []
     for name in dict.fromkeys([*rows, *sets]):
-        record = sets.get(name)
+        record, title = sets.get(name), rows[name].title if name in rows else name
         if record is None:
-            cells = [name, rows[name].family, "", "", *["missing"] * len(arms)]
+            cells = [title, rows[name].family, "", "", *["missing"] * len(arms)]
         else:
             main = record["main"]
-            cells = [name + " (partial)" * bool(record["partial"]), record["family"],
+            cells = [title + " (partial)" * bool(record["partial"]), record["family"],
                      f"{record['n']:,}", _SHORT.get(main, main)]
             cells += [_cell(record["arms"].get(arm, {}).get(main)) for arm in arms]
+        if rows and len(arms) == 1:
+            cells.append(_pair(record and record["arms"][arms[0]]))
         lines.append(cells + [_published(rows.get(name))] * bool(rows))
     text = [table(header, lines), "", _family_table(comparison, arms)]
     if any(count["compared"] for kinds in comparison["counts"].values()
@@ -391,12 +395,19 @@ def _cell(value):
     return text
 
 
+def _pair(metrics):
+    """acc1/acc5 in %, or for retrieval recall@1 of text to image / image to text."""
+    values = [metrics[name]["mean"] for name in ("acc1", "acc5", RECALLS[0], RECALLS[3])
+              if name in metrics] if metrics else []
+    return "/".join(f"{100 * value:.1f}" for value in values)
+
+
 def _published(row):
-    """acc1/acc5, or for retrieval R@1 of text to image / image to text."""
+    """The same pair as CLIP_benchmark published it for OpenAI's ViT-B/32; - where it did not."""
     if row is None or row.published[0] is None:
         return ""
     pair = row.published[::2] if row.family == "retrieval" else row.published
-    return "/".join("-" if value is None else str(value) for value in pair)
+    return "/".join("-" if value is None else f"{value:.1f}" for value in pair)
 
 
 def _family_table(comparison, arms):

@@ -139,7 +139,8 @@ def test_an_interrupted_write_leaves_no_set(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         write_set(tmp_path, "planted", list("ab"), ["{c}"], broken())
-    assert not os.path.exists(tmp_path / "wds_planted_test")
+    put(tmp_path, family="whole")  # the next one is not disturbed by what was left
+    assert list(benchmarks.find_sets(tmp_path)) == ["planted"]
 
 
 def test_a_set_that_is_there_is_not_overwritten(tmp_path):
@@ -207,6 +208,14 @@ def test_a_broken_set_is_refused_by_name(tmp_path, fault):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         BenchmarkSet(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x93NUMPY\1\0"])
+def test_a_multilabel_file_that_is_no_array_is_refused(tmp_path, content):
+    folder = put(tmp_path, "a", [[1, 0, 1]], dataset_type="multilabel")
+    rewrite(folder, [("s1.png", png(97)), ("s1.npy", content)])
+    with pytest.raises(ValueError, match="0.tar: s1.npy: .+$"):
+        BenchmarkSet(folder)
 
 
 def test_an_image_without_captions_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from data.benchmarks import LISTS, write_set
 from data.neighbours import Pool
 from data.shards import write_shards
 from data.text import Tokenizer
-from model import CLIP, FORMAT, SIZES, load_clip, write_checkpoint
+from model import CLIP, FORMAT, SIZES, export_clip, load_clip, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = "".join(f"{base64.b64encode(bytes([byte]) + bytes(mark)).decode()} {256 * mark + byte}\n"
@@ -286,7 +286,7 @@ def test_partial_sets_are_taken_on_request_and_say_so(world):
     unlike_its_row(world)
     out = run(world, world / "base" / "ckpt.pt", partial=True)
     assert read(out / "base.json")["tasks"]["mnist"]["partial"] is True
-    assert "mnist (partial)" in (out / "comparison.md").read_text()
+    assert "MNIST (partial)" in (out / "comparison.md").read_text()
 
 
 # ------------------------------------------------------------------------------ kinds of weights
@@ -317,6 +317,26 @@ def test_random_weights_with_a_vocabulary_have_a_text_side(world):
     (world / "bytes.tiktoken").write_text(BYTES)
     out = run(world, "random:toy", vocabulary=world / "bytes.tiktoken")
     assert set(read(out / "random-toy.json")["tasks"]) == {"letters", "scenes"}
+
+
+@pytest.mark.parametrize("layout", ["openai", "open_clip", "huggingface"])
+def test_foreign_weights_get_the_figures_of_the_same_weights_in_our_file(world, layout):
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="Hugging Face's format needs it")
+    clip = load_clip(world / "base" / "ckpt.pt")
+    clip.config = dataclasses.replace(clip.config, quick_gelu=True)  # what OpenAI's layout means
+    for tower in (clip.vision, clip.text):
+        for block in tower.blocks:
+            block.quick_gelu = True
+    path = world / ("folder" if layout == "huggingface" else "weights.pt")
+    export_clip(clip, path, layout)
+    (world / "bytes.tiktoken").write_text(BYTES)
+    more = {"quick_gelu": True} if layout == "open_clip" else {}
+    result = read(run(world, path, vocabulary=world / "bytes.tiktoken", **more)
+                  / f"{path.stem}.json")
+    assert (result["source"], result["samples"], result["quick_gelu"]) == (layout, None, True)
+    direct = benchmarks.evaluate_set(clip, Tokenizer(BYTES), world / "sets/wds_letters_test")
+    assert result["tasks"]["letters"]["metrics"] == direct["metrics"]
 
 
 # ------------------------------------------------------------------------------ comparing

@@ -186,9 +186,10 @@ def test_the_interval_of_a_family_mean_is_narrower_than_its_sets():
 def test_absent_rows_say_missing_once_any_row_is_there():
     rows = LISTS["plan"]
     text = results.markdown(results.compare([arm("base", {"sun397": 0.2})], rows), rows)
-    assert text.count("missing") >= 30 and "birdsnap" in text and "62.5/91.3" in text
+    assert text.count("missing") >= 30 and "Birdsnap" in text and "62.5/91.3" in text
+    assert text.splitlines()[0].rstrip(" |").endswith("top-1/top-5 | OpenAI B/32")
     own = results.markdown(results.compare([arm("base", {"own": 0.2})], rows), rows)
-    assert "missing" not in own and "imagenet1k" not in own
+    assert "missing" not in own and "ImageNet-1K" not in own
 
 
 @pytest.mark.parametrize("key, word", [("classnames_sha256", "class names"),

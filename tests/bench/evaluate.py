@@ -20,7 +20,7 @@ from tests.bench.peer import load_peer, peer_clip
 
 THINGS = ("dog", "golden retriever", "tabby cat", "great white shark", "hen", "fire salamander",
           "soccer ball", "school bus", "acoustic guitar", "red wine", "valley", "cliff", "hay",
-          "coral reef", "daisy", "bolete", "pizza", "burrito", "street sign", "traffic or street light",
+          "coral reef", "daisy", "bolete", "pizza", "burrito", "street sign", "traffic light",
           "space heater", "electric fan", "coffee mug", "measuring cup", "teddy bear")
 KINDS = ("", "red ", "small blue ", "very old ", "shiny ", "wooden ", "yellow and green ", "tiny ")
 TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a sculpture of a {}.", "art of a {}.",
