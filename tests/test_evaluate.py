@@ -151,6 +151,12 @@ def test_a_result_file_says_what_was_measured_on_what(world):
     assert result["tasks"]["nights-imagenet"]["n"] == 4
 
 
+def test_the_other_list_misses_what_neither_home_has(world):
+    result = read(run(world, world / "base" / "ckpt.pt", list="plan") / "base.json")
+    assert result["list"] == "plan" and {"sun397", "birdsnap"} <= set(result["missing"])
+    assert not {"imagenet-o", "objectnet"} & set(result["missing"])
+
+
 def test_the_figures_are_those_of_the_metric_functions(world):
     out = run(world, world / "base" / "ckpt.pt")
     clip = load_clip(world / "base" / "ckpt.pt")
@@ -411,7 +417,7 @@ def test_a_query_draws_a_row_of_pictures_for_each_checkpoint(world):
     heights = []
     for names in (["base"], ["base", "pi"]):
         out = run(world, *(world / name / "ckpt.pt" for name in names), benchmarks="",
-                  images=world / "pairs", query="a red circle")
+                  images=world / "pairs", query="a red circle", pool=7)
         heights.append(Image.open(out / "query.png").height)
     assert heights[1] - heights[0] > 128
     assert not (world / "out" / "comparison.json").exists()
