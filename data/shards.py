@@ -5,7 +5,7 @@
     FOLDER/index/VOCABULARY/ samples.npy, keys.npy, ids.npy, starts.npy, index.json (counts, faults)
 
     python -m data.shards index FOLDER --vocabulary=FILE  # optional: pretrain.py does it by itself
-    python -m data.shards check FOLDER                    # reads everything; exit 1 on bad samples
+    python -m data.shards check FOLDER                    # reads everything; exit 1 if any is bad
 
 A key is a member's path up to the first dot of its last part, as webdataset has it. The parts of a
 sample need not be neighbours; members of other kinds (.json, ...) are passed over. Reading is
@@ -157,7 +157,8 @@ def _parse_header(header):
             return int.from_bytes(field[1:], "big")
         return int(field.strip(b" \0") or b"0", 8)
 
-    if len(header) < 512 or number(header[148:156]) != sum(header[:148] + header[156:]) + 8 * 32:
+    stated, found = number(header[148:156]), sum(header[:148] + header[156:]) + 8 * ord(" ")
+    if len(header) < 512 or stated != found:  # the checksum counts its own field as spaces
         raise ValueError("checksum")
     name = header[:100].rstrip(b"\0")
     if header[257:263] == b"ustar\0" and header[345]:  # GNU keeps other things there
@@ -258,6 +259,7 @@ def index_shards(folder, tokenizer=None):
     shards, ValueError without a usable pair.
     """
     folder, name = Path(folder), tokenizer.fingerprint if tokenizer else "none"
+    _find_shards(folder)  # without any, nothing is left behind either
     if tokenizer and tokenizer.size > 2**16:
         raise ValueError(f"vocabulary {name} has {tokenizer.size:,} ids; indexes hold up to 65,536")
     if not _fits(folder, name):
@@ -297,8 +299,8 @@ def _fits(folder, name):
 
 def _find_shards(folder):
     """{name: [size in bytes, time of last change in ns]}, by name."""
-    shards = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]
-              for path in sorted(Path(folder).glob("*.tar"))}
+    found = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.tar")))
+    shards = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found}
     if not shards:
         raise FileNotFoundError(f"{folder} holds no .tar shards; see python -m data.pack --help")
     return shards
@@ -416,14 +418,16 @@ def report(problems):
 class Shards:
     """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
 
-    With a tokenizer, `ids` gives stored token ids. Cheap to send to a worker process: arrays are
-    mapped again there, shards opened when first read. Raises what `read_index` does.
+    With a tokenizer, `ids` gives stored token ids; without, the index of any vocabulary will do.
+    Cheap to send to a worker process: arrays are mapped again there, shards opened when first read.
+    Raises what `read_index` does.
     """
 
     def __init__(self, folder, tokenizer=None):
         self.folder, self._arguments = Path(folder), (folder, tokenizer)
         made = sorted(path.parent.name for path in self.folder.glob("index/*/index.json"))
-        self._name = tokenizer.fingerprint if tokenizer else (made or ["none"])[0]
+        self._name = tokenizer.fingerprint if tokenizer else next(
+            (name for name in made if _fits(folder, name)), "none")
         index = read_index(folder, self._name)
         self.fingerprint = index["fingerprint"]
         self._shards = list(index["shards"])

@@ -219,6 +219,7 @@ def test_a_damaged_header_ends_a_shard_but_not_the_folder(tmp_path):
 def test_a_folder_without_shards_or_without_pairs_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no .tar shards"):
         index_shards(tmp_path)
+    assert not list(tmp_path.iterdir())
     write_tar(tmp_path / "0.tar", [("a.png", picture())])
     with pytest.raises(ValueError, match="holds no usable pair:.*1 x image without caption"):
         index_shards(tmp_path)
@@ -248,6 +249,14 @@ def test_each_vocabulary_has_its_own_ids(tmp_path):
     for tokenizer in (one, two):
         assert Shards(tmp_path, tokenizer).ids(2, 0).tolist() == tokenizer.encode(["picture 2"])[0]
     assert Shards(tmp_path, one).fingerprint == Shards(tmp_path, two).fingerprint
+
+
+def test_without_a_tokenizer_any_fitting_index_will_do(tmp_path):
+    write_shards(tmp_path, samples(3))
+    index_shards(tmp_path)
+    write_tar(tmp_path / "00001.tar", pair("new"))
+    index_shards(tmp_path, Tokenizer(VOCABULARY))  # the first index is stale now
+    assert Shards(tmp_path).captions(3) == ["a caption"]
 
 
 def test_a_fitting_index_is_not_built_again(tmp_path, capsys):
