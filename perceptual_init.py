@@ -108,8 +108,7 @@ def build(config, device):
         if getattr(whole.config, key) != getattr(size, key):
             raise ValueError(f"init={config.init}: its {key} is not {getattr(size, key)} as here")
     if config.benchmarks and getattr(whole, "vocabulary", None) is None:
-        raise ValueError(f"benchmarks={config.benchmarks}: prompts need a vocabulary, and init="
-                         f"{config.init!r} brings none; leave benchmarks empty")
+        raise ValueError(f"benchmarks={config.benchmarks}: init={config.init!r} has no vocabulary")
     whole.requires_grad_(False)
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(config.train == "all" or ".qkv." in name)
@@ -175,7 +174,8 @@ def main(argv=None):
         saved = read_checkpoint(out / "ckpt.pt")
         check_resume(saved["config"] | {"triplets": saved["data"]},
                      asdict(config) | {"triplets": state["data"]},
-                     may_change=("data", "out_dir", "log_every", "save_every", "resume"))
+                     may_change=("data", "out_dir", "benchmarks", "micro_batch", "compile",
+                                 "log_every", "save_every", "resume"))
         whole.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {key: saved[key] for key in state}

@@ -487,7 +487,7 @@ def test_post_hoc_resumes_bit_for_bit(arguments, tmp_path, clip_file):
     ("--fraction=1.5", "fraction=1.5: must be above 0 and at most 1"),
     ("--data=nowhere", "nowhere: no such file; give a NIGHTS folder"),
     ("--min_votes=-1", "min_votes=-1: must be above 0 or 0"),
-    ("--benchmarks=data", "prompts need a vocabulary, and init='' brings none"),
+    ("--benchmarks=data", "benchmarks=data: init='' has no vocabulary"),
     ("--init=nowhere.pt", "nowhere.pt: no such file"),
     ("--epoch=3", "did you mean epochs"),
     ("ckpt.pt", "ckpt.pt: perceptual_init.py takes recipes")])
