@@ -33,7 +33,8 @@ from data import images
 from data.pairs import epoch_order
 
 SPLITS = ("train", "val", "test")
-# What a triplet needs -> the column that has it, in the two kinds of file.
+# What a triplet needs -> the column that has it, in the two kinds of file. NIGHTS' votes for left
+# and right are complementary, which is checked: a file sorted by one column alone would show.
 GENERIC = {"ref": "ref", "left": "left", "right": "right", "label": "label"}
 NIGHTS = {"ref": "ref_path", "left": "left_path", "right": "right_path", "label": "right_vote",
           "opposite": "left_vote", "split": "split", "votes": "votes",
@@ -69,12 +70,15 @@ class Triplets:
             raise ValueError(f"{self.file}: no row has split {split!r} and at least {min_votes} "
                              "votes; check the split column, or lower min_votes")
         self._arrange(rows)
+        # One order of all rows, of which a fraction takes the beginning: so fractions are nested.
         order = np.random.default_rng([seed, 0]).permutation(len(rows))
-        keep = np.sort(order[:max(1, round(fraction * len(rows)))])  # the same order: nested
+        keep = np.sort(order[:max(1, round(fraction * len(rows)))])                      # (n,)
         self.index, self.paths, self.labels = self.index[keep], self.paths[keep], self.labels[keep]
         self.is_imagenet = None if self.is_imagenet is None else self.is_imagenet[keep]
-        if shuffle_votes:
+        if shuffle_votes:  # among the kept ones: the same images and as many lefts as without it
             self.labels = np.random.default_rng([seed, 1]).permutation(self.labels)
+        # A checkpoint remembers what it was trained on; sizes tell other images, times would not
+        # survive a copy.
         sizes = [self.sizes[i] for i in self.index.ravel()]
         self.fingerprint = _hash([self.paths.tolist(), sizes, self.labels.tolist()])
 
@@ -103,6 +107,7 @@ class Triplets:
             stat = (self.file.parent / name).stat()
             self.sizes.append(stat.st_size)
             times.append(stat.st_mtime_ns)
+        # Times too: decoding once more is cheap beside training on pixels of yesterday's images.
         self.kept, self.kept_key = None, _hash([self.files, self.sizes, times])
 
     def load(self, size, rows=None):
@@ -113,7 +118,7 @@ class Triplets:
         index = self.index if rows is None else self.index[np.asarray(rows)]             # (n,3)
         if self.kept is not None and self.kept.shape[-1] == size:
             return torch.from_numpy(self.kept[index])                        # (n,3,3,S,S)
-        distinct, place = np.unique(index, return_inverse=True)
+        distinct, place = np.unique(index, return_inverse=True)  # decode a repeated image once
         pixels = np.empty((len(distinct), 3, size, size), np.uint8)                      # (m,3,S,S)
         self._decode(pixels, distinct)
         return torch.from_numpy(pixels[place.reshape(index.shape)])          # (n,3,3,S,S)
@@ -174,7 +179,7 @@ class Triplets:
                 where = f"{self.file}, {self.where[i]}: {self.files[i]}"
                 raise ValueError(f"{where}: {error}") from None
             out[slot] = images.squash_image(picture, out.shape[-1]).numpy()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # list() raises the first error found
             list(pool.map(one, range(len(which)), which))
 
 
@@ -186,7 +191,7 @@ def embed_triplets(encode, triplets, size, device, batch_size=256):
     """
     found = []
     for start in range(0, len(triplets), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(triplets)))
+        rows = np.arange(start, min(start + batch_size, len(triplets)))      # (b,)
         pixels = triplets.load(size, rows).to(device).flatten(0, 1)          # (3b,3,S,S)
         embeddings = F.normalize(encode(images.normalise(pixels)).float(), dim=-1)
         found.append(embeddings.cpu().unflatten(0, (-1, 3)))                 # (b,3,E)
@@ -322,7 +327,7 @@ def _inside(text, column):
 
 def split_anchors(anchors, seed):
     """train, val or test for each triplet, by its anchor alone: 80/10/10 of the anchors."""
-    distinct = sorted(set(anchors))
+    distinct = sorted(set(anchors))  # a set's own order changes from process to process
     order = np.random.default_rng(seed).permutation(len(distinct))
     tenth = max(1, len(distinct) // 10)
     names = ["val"] * tenth + ["test"] * tenth + ["train"] * len(distinct)
@@ -357,6 +362,7 @@ def convert_things(triplets_csv, images_txt, out_csv, seed):
                                  f"images of {images_txt}, counted from 0")
             indices.append(index)
         if len(set(indices)) < 3:
+            # an image is nearest to itself: such a row teaches nothing, or a wrong thing
             raise ValueError(f"{where}columns {', '.join(columns)}: {indices} repeats an image")
         found.append(indices)
     return write_triplets(out_csv, found, names, seed)
@@ -372,7 +378,7 @@ def convert_rdm(matrix_npy, images_txt, out_csv, seed, per_anchor):
     rng = np.random.default_rng([seed, 0])
     found = []
     for anchor, row in enumerate(_matrix(matrix_npy, len(names))):                       # row (n,)
-        others = np.argsort(row, kind="stable")
+        others = np.argsort(row, kind="stable")  # equal distances: by number, on every machine
         others = others[others != anchor]                                                # (n-1,)
         near = others[:max(1, round(0.03 * len(others)))]
         far = others[-max(1, round(0.05 * len(others))):]
@@ -394,6 +400,7 @@ def _matrix(matrix_npy, count):
     if matrix.shape != (count, count) or count < 3:
         raise ValueError(f"{matrix_npy}: shape {matrix.shape}; {count} images need "
                          f"({count}, {count}), and at least 3 of them")
+    # symmetric within np.isclose: float32 matrices are often written by summing in two orders
     bad = np.argwhere(~np.isfinite(matrix) | ~np.isclose(matrix, matrix.T))
     if len(bad):
         row, column = bad[0]
@@ -433,6 +440,7 @@ def write_triplets(out_csv, found, names, seed):
     if not all(counts.values()):
         raise ValueError(f"{out_csv}: too few anchors to split them in "
                          "train, val and test; at least 3 are needed")
+    # Left and right must say nothing: a tower cannot see sides, but other readers of the file may.
     sides = np.random.default_rng([seed, 1]).integers(2, size=len(found))
     partial = pathlib.Path(f"{out_csv}.tmp")
     with open(partial, "w", newline="", encoding="utf-8") as file:
