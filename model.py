@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import re
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,8 +54,6 @@ SIZES = {  # METHOD.md 3           E    S    P   vision       text
 }
 
 
-# ----------------------------------------- towers ----------------------------------------------
-
 def linear(d_in, d_out, std, bias=True):
     """A linear layer with normal weights and no initial bias."""
     layer = nn.Linear(d_in, d_out, bias)
@@ -74,8 +73,7 @@ def attend(qkv, spans, heads, causal):
     return torch.cat(mixed)
 
 
-# Caption lengths change with every batch; outside of compiled graphs they recompile nothing.
-attend_ragged = torch.compiler.disable(attend)
+attend_ragged = torch.compiler.disable(attend)  # lengths change with every batch, graphs do not
 
 
 class Block(nn.Module):
@@ -178,8 +176,7 @@ class VisionTower(nn.Module):
 class TextTower(nn.Module):
     """Token ids (B, L) int64 -> embeddings (B, E), not yet of unit length.
 
-    Causal, and read at the end token, the highest id: what is behind it changes nothing, and is
-    not computed.
+    Causal, and read at the end token, the highest id: what is behind it is not computed.
     """
 
     def __init__(self, config):
@@ -312,6 +309,8 @@ def write_checkpoint(path, content):
         folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk as well
         os.fsync(folder)
         os.close(folder)
+    except RuntimeError as error:  # torch's zip writer hides the OSError that stopped it
+        raise OSError(f"{path}: {error.__context__ or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -322,11 +321,12 @@ def read_file(path):
         raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights are expected")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # no tensors and plain values, or no pickle at all
+    except pickle.UnpicklingError as error:
         code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         reason = f"it would run {code[1]}" if code else "not a weights file, or one with code"
         raise ValueError(f"{path}: refused, {reason}") from None
-    except (RuntimeError, EOFError, KeyError):
+    except (RuntimeError, EOFError, LookupError, ValueError, AssertionError, TypeError,
+            AttributeError, struct.error):  # each seen with random bytes changed
         raise ValueError(f"{path}: cut short, or not a weights file") from None
     return content if isinstance(content, dict) else {}
 

@@ -70,11 +70,16 @@ def read_archive(path):
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a whole .safetensors file ({error})") from None
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith("/constants.pkl"):  # only TorchScript has it
                     return TorchScript(archive, path, name.removesuffix("constants.pkl")).tensors()
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, EOFError,
+            LookupError, TypeError, AttributeError) as error:  # each seen with random bytes changed
+        raise ValueError(f"{path}: a damaged TorchScript archive ({error})") from None
     return None
 
 

@@ -1,0 +1,378 @@
+"""Weights travel to OpenAI's, open_clip's and Hugging Face's layouts and back without a bit's loss,
+and whatever is not a CLIP is refused in one line."""
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from data import foreign
+from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, export_clip, load_clip, load_vision,
+                   read_checkpoint, weights_checksum, write_checkpoint)
+
+SMALL = CLIPConfig(embed_dim=24, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
+                   vision_heads=2, context_length=12, vocab_size=50, text_width=64, text_layers=3,
+                   text_heads=1)  # heads are 64 wide, as bare layouts suppose
+QUICK = replace(SMALL, quick_gelu=True)
+
+
+def make_clip(config=SMALL):
+    torch.manual_seed(0)
+    clip = CLIP(config).eval()
+    for parameter in clip.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return clip
+
+
+def same_bits(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_ours(path, clip, **fields):
+    write_checkpoint(path, {"format": FORMAT, "kind": "clip", "model": asdict(clip.config),
+                            "weights": clip.state_dict(), "step": 7, "samples": 70,
+                            "vocabulary": "words\n"} | fields)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --------------------------------------------------------------------------------------- round trips
+
+def test_our_checkpoint_returns_bit_equal_with_its_origin(tmp_path):
+    clip, path = make_clip(QUICK), tmp_path / "ckpt.pt"
+    save_ours(path, clip)
+    loaded = load_clip(path)
+    assert same_bits(clip, loaded) and loaded.config == QUICK and loaded.vocabulary == "words\n"
+    assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
+    assert loaded.info == {"path": str(path), "sha256": foreign.sha256(path), "format": "ours",
+                           "step": 7, "samples": 70}
+
+
+@pytest.mark.parametrize("layout, config", [
+    ("openai", QUICK), ("open_clip", SMALL), ("huggingface", SMALL), ("huggingface", QUICK),
+    ("huggingface", replace(SMALL, vision_heads=4, text_heads=2)),
+    ("open_clip", replace(SIZES["toy"], vocab_size=60))])
+def test_each_layout_returns_bit_equal(layout, config, tmp_path):
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="pip install safetensors")
+    clip = make_clip(config)
+    export_clip(clip, tmp_path / "exported", layout)
+    loaded = load_clip(tmp_path / "exported")
+    assert same_bits(clip, loaded) and loaded.config == config
+    assert loaded.info["format"] == layout
+
+
+@pytest.mark.parametrize("pack", [lambda weights: {"epoch": 3, "state_dict": {
+    f"module.{name}": tensor for name, tensor in weights.items()}}, dict])
+def test_open_clips_training_checkpoints_are_read(pack, tmp_path):
+    clip = make_clip()
+    torch.save(pack(foreign.to_layout(clip.state_dict(), "open_clip")), tmp_path / "epoch_3.pt")
+    assert same_bits(clip, load_clip(tmp_path / "epoch_3.pt"))
+
+
+def test_a_bare_file_is_gelu_unless_told_and_says_so(tmp_path, capsys):
+    export_clip(make_clip(), tmp_path / "bare.pt", "open_clip")
+    assert not load_clip(tmp_path / "bare.pt").config.quick_gelu
+    assert "GELU (unless quick_gelu=True)" in capsys.readouterr().out
+    assert load_clip(tmp_path / "bare.pt", quick_gelu=True).config.quick_gelu
+    assert "quick-GELU" in capsys.readouterr().out
+
+
+def test_names_and_shapes_are_those_of_openais_vit_b_32():
+    """A sample of the 302 keys of the published file, and their number."""
+    with torch.device("meta"):
+        theirs = foreign.to_layout(CLIP(SIZES["ViT-B-32"]).state_dict(), "openai")
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert len(shapes) == 302
+    assert shapes.items() >= {
+        "positional_embedding": (77, 512), "text_projection": (512, 512), "logit_scale": (),
+        "visual.class_embedding": (768,), "visual.positional_embedding": (50, 768),
+        "visual.proj": (768, 512), "visual.conv1.weight": (768, 3, 32, 32),
+        "visual.ln_pre.bias": (768,), "visual.ln_post.weight": (768,),
+        "visual.transformer.resblocks.11.attn.in_proj_weight": (2304, 768),
+        "visual.transformer.resblocks.0.attn.out_proj.bias": (768,),
+        "visual.transformer.resblocks.0.ln_1.weight": (768,),
+        "transformer.resblocks.0.attn.in_proj_bias": (1536,),
+        "transformer.resblocks.11.mlp.c_fc.weight": (2048, 512),
+        "transformer.resblocks.11.mlp.c_proj.weight": (512, 2048),
+        "transformer.resblocks.5.ln_2.bias": (512,), "token_embedding.weight": (49408, 512),
+        "ln_final.weight": (512,)}.items()
+
+
+# ------------------------------------------------------------------------ against transformers' code
+
+def test_transformers_opens_the_exported_folder(tmp_path):
+    """Model, tokenizer and image processor; with CLIP's vocabulary the tokenizer's files are in."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    from data import prepare_vocabulary
+    from data.text import Tokenizer
+    source = prepare_vocabulary.published_merges()
+    if source == prepare_vocabulary.URL:
+        pytest.skip("CLIP's merges are not here: pip install --no-deps open_clip_torch")
+    clip = make_clip(replace(QUICK, vocab_size=49408, context_length=77))
+    clip.vocabulary = prepare_vocabulary.tiktoken_text(prepare_vocabulary.read_merges(source))
+    export_clip(clip, tmp_path, "huggingface")
+    theirs = transformers.CLIPModel.from_pretrained(tmp_path)
+    captions, images = ["a dog", "Two cats, asleep!"], torch.randn(2, 3, 32, 32)
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path)(
+        captions, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        output = theirs(input_ids=tokens, pixel_values=images)
+        image_emb, text_emb, scale = clip(images, Tokenizer(clip.vocabulary)(captions))
+    torch.testing.assert_close(output.logits_per_image, scale * image_emb @ text_emb.T,
+                               rtol=1e-5, atol=1e-5)  # fp32, sums in another order
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    assert processor.crop_size["height"] == 32
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_hugging_face_folder_or_file_is_read(suffix, tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    clip = make_clip()
+    export_clip(clip, tmp_path, "huggingface")
+    file = tmp_path / "model.safetensors"
+    if suffix == "bin":  # as before safetensors; old files hold position ids, which are no weights
+        tensors = foreign.read_archive(file) | {
+            "text_model.embeddings.position_ids": torch.arange(12)[None]}
+        file.unlink()
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    assert same_bits(clip, load_clip(tmp_path)) and same_bits(clip, load_clip(file))
+
+
+def test_hugging_face_without_config_or_with_another_activation_is_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="pip install safetensors")
+    export_clip(make_clip(), tmp_path, "huggingface")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"gelu"', '"gelu_new"'))
+    with pytest.raises(ValueError, match="gelu_new") as error:
+        load_clip(tmp_path)
+    one_line(error)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match="config.json") as error:
+        load_clip(tmp_path)
+    one_line(error)
+
+
+# ----------------------------------------------------------------------------- TorchScript archives
+
+def torchscript(path, tensors):
+    """An archive like OpenAI's: a tree of scripted modules that hold these tensors."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = getattr(module, parent)
+        module.register_buffer(leaf, tensor)
+    torch.jit.save(torch.jit.script(root), path)
+
+
+def openai_tensors(clip):
+    config = asdict(clip.config)
+    return foreign.to_layout(clip.state_dict(), "openai") | foreign.constants(config, "openai")
+
+
+def test_openais_archive_is_read_in_half_precision(tmp_path):
+    """The published files hold matrices as fp16, the rest as fp32: both become fp32."""
+    clip, path = make_clip(QUICK), tmp_path / "ViT.pt"
+    tensors = {name: tensor.half() if tensor.ndim > 1 else tensor
+               for name, tensor in openai_tensors(clip).items()}
+    torchscript(path, tensors)
+    loaded = load_clip(path)
+    assert loaded.config == QUICK and loaded.info["format"] == "openai"
+    for name, tensor in clip.state_dict().items():
+        expected = tensor.half().float() if tensor.ndim > 1 and not name.endswith("class") else tensor
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+def test_no_code_of_an_archive_is_run(tmp_path, monkeypatch):
+    path, poisoned = tmp_path / "good.pt", tmp_path / "poisoned.pt"
+    torchscript(path, openai_tensors(make_clip(QUICK)))
+    monkeypatch.setattr(torch.jit, "load", None)  # nobody calls it
+    load_clip(path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(poisoned, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, pickle.dumps(Touch(tmp_path), 2) if name.endswith("/data.pkl") else data)
+    with pytest.raises(ValueError, match=r"refused.*\.system") as error:
+        load_clip(poisoned)
+    one_line(error)
+    assert not (tmp_path / "touched").exists()
+
+
+class Touch:
+    """Pickled, it is a call of os.system that leaves a file."""
+
+    def __init__(self, folder):
+        self.command = f"touch {folder / 'touched'}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+# --------------------------------------------------------------------------------------- refused files
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("save", [
+    lambda content, path, protocol: torch.save(content, path, pickle_protocol=protocol),
+    lambda content, path, protocol: path.write_bytes(pickle.dumps(content, protocol))])
+def test_a_pickle_with_code_is_refused_and_not_run(save, protocol, tmp_path):
+    path = tmp_path / "evil.pt"
+    save({"weights": Touch(tmp_path)}, path, protocol)
+    for read in (load_clip, load_vision, read_checkpoint):
+        with pytest.raises(ValueError, match=r"evil\.pt: refused, .*(system|code)") as error:
+            read(path)
+        one_line(error)
+    assert not (tmp_path / "touched").exists()
+
+
+def change(weights, fault):
+    name = [name for name in weights if name.endswith(("1.attn.in_proj_weight", "1.qkv.weight",
+                                                       "1.self_attn.k_proj.weight"))][-1]
+    if fault == "missing":
+        del weights[name]
+    elif fault == "extra":
+        name = "text.adapter.weight"
+        weights[name] = torch.zeros(3)
+    else:
+        weights[name] = weights[name][:-1]
+    return name
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
+@pytest.mark.parametrize("layout", ["ours", "openai", "open_clip", "huggingface"])
+def test_a_wrong_tensor_is_named(layout, fault, tmp_path):
+    clip, path = make_clip(QUICK), tmp_path / "wrong.pt"
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="pip install safetensors")
+        export_clip(clip, tmp_path, layout)
+    weights = {**foreign.to_layout(clip.state_dict(), layout)}
+    if layout == "openai":
+        weights = openai_tensors(clip)
+    name = change(weights, fault)
+    if layout == "ours":
+        save_ours(path, clip, weights=weights)
+    else:
+        torch.save(weights, path)
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        load_clip(path)
+    assert one_line(error).startswith(f"{path}: tensor {name} ")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"version https://git-lfs", b"\x80",
+                                     bytes(1000)])
+def test_what_is_no_weights_file_is_refused(content, tmp_path):
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.pt") as error:
+        load_clip(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("layout", ["openai", "huggingface"])
+def test_a_file_cut_short_is_refused(layout, tmp_path):
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="pip install safetensors")
+    export_clip(make_clip(QUICK), tmp_path / "x", layout)
+    file = tmp_path / "x" / "model.safetensors" if layout == "huggingface" else tmp_path / "x"
+    file.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=re.escape(str(file))) as error:
+        load_clip(file)
+    one_line(error)
+
+
+def test_other_weights_are_refused_by_what_is_missing(tmp_path):
+    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "linear.pt")
+    with pytest.raises(ValueError, match="no CLIP.*visual.conv1.weight") as error:
+        load_clip(tmp_path / "linear.pt")
+    one_line(error)
+
+
+def test_missing_files_are_said_to_be_missing(tmp_path):
+    for path in (tmp_path / "no.pt", tmp_path / "no.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            load_clip(path)
+        assert str(path) in one_line(error)
+
+
+def test_a_layout_that_cannot_hold_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="quick-GELU"):
+        export_clip(make_clip(SMALL), tmp_path / "x.pt", "openai")
+    with pytest.raises(ValueError, match="heads"):
+        export_clip(make_clip(replace(SMALL, vision_heads=4)), tmp_path / "x.pt", "open_clip")
+    with pytest.raises(ValueError, match="layout='onnx'"):
+        export_clip(make_clip(), tmp_path / "x.pt", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+def test_the_vision_tower_comes_from_stage_1_or_from_any_clip(tmp_path):
+    clip = make_clip()
+    save_ours(tmp_path / "clip.pt", clip)
+    save_ours(tmp_path / "vision.pt", clip, kind="vision", weights=clip.vision.state_dict())
+    export_clip(clip, tmp_path / "open.pt", "open_clip")
+    for name in ("clip.pt", "vision.pt", "open.pt"):
+        vision = load_vision(tmp_path / name)
+        assert isinstance(vision, VisionTower) and not vision.training
+        assert same_bits(vision, clip.vision) and vision.config == SMALL
+        assert vision.info["path"] == str(tmp_path / name)
+    with pytest.raises(ValueError, match="stage 1") as error:
+        load_clip(tmp_path / "vision.pt")
+    one_line(error)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    write_checkpoint(path, {"step": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_checkpoint(path, {"step": 2})
+    assert torch.load(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """Of torch.save too, which writes through its own zip writer: a file may grow to 100 KB here."""
+    import resource
+    import signal
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ,
+                                                                            signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(OSError):
+            write_checkpoint(tmp_path / "big.pt", {"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checksum_depends_on_names_and_values_and_not_on_order():
+    weights = make_clip().state_dict()
+    checksum = weights_checksum(weights)
+    assert re.fullmatch("[0-9a-f]{16}", checksum)
+    assert weights_checksum(dict(reversed(weights.items()))) == checksum
+    weights["logit_scale"] = weights["logit_scale"] + 1e-6
+    assert weights_checksum(weights) != checksum
+
+
+def test_a_foreign_file_is_not_one_of_our_checkpoints(tmp_path):
+    export_clip(make_clip(), tmp_path / "x.pt", "open_clip")
+    with pytest.raises(ValueError, match="not a checkpoint of this project") as error:
+        read_checkpoint(tmp_path / "x.pt")
+    one_line(error)
