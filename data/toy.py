@@ -1,0 +1,632 @@
+"""The toy world: everything the paper's experiment needs, drawn from a seed in seconds.
+
+    python -m data.toy                     # -> data/toy/{pairs,nights,benchmarks,vocabulary}
+    python -m data.toy --show=sheet.png    # a sheet to look at: scenes, triplets, benchmarks
+
+Pictures of one to three objects on a backdrop, 64 pixels a side, stand in for the web's, in the
+very formats of the real data, so that nothing downstream knows that it is a toy:
+
+    pairs/00000.tar ...         images with a caption each; a tenth of them say what is elsewhere
+    pairs/held_out/*.tar        unseen scenes, rightly described by one to five captions
+    nights/data.csv             triplets and the votes of simulated observers, in NIGHTS' columns
+    benchmarks/wds_toy_*_test/  zero-shot sets in the layout that evaluate.py reads
+    vocabulary/toy.tiktoken     256 bytes, 256 bytes that end a word, and this world's words
+
+Same seed, same bytes, whatever the number of processes.
+"""
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import textwrap
+import time
+from base64 import b64encode
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from configs import load_config, run_main
+from data.shards import write_tar
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    out: str = "data/toy"
+    pairs: int = 24_000      # training pairs
+    held_out: int = 1_000    # pairs of unseen scenes
+    triplets: int = 8_000    # three quarters of them get six votes or more
+    per_set: int = 600       # images of a benchmark set, rounded to equal classes
+    wrong: float = 0.1       # share of training captions that belong to another scene
+    processes: int = 0       # 0: as many as cores
+    force: bool = False      # draw again what is there already
+    show: str = ""           # draw only a contact sheet, to this file
+
+    def check(self):
+        for name in ("seed", "pairs", "held_out", "triplets", "per_set", "processes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.wrong <= 1:
+            raise ValueError(f"wrong={self.wrong}: is a share, from 0 to 1")
+
+
+# --------------------------------------------------------------------- the world, as plain data
+# name -> the words that captions have for it, the usual one first
+
+COLORS = {"red": ("red", "crimson", "scarlet"), "orange": ("orange", "tangerine"),
+          "yellow": ("yellow", "golden", "lemon"), "green": ("green", "emerald"),
+          "blue": ("blue", "azure"), "purple": ("purple", "violet"), "pink": ("pink", "rosy"),
+          "brown": ("brown", "chestnut"), "black": ("black", "jet"), "white": ("white", "snowy"),
+          "grey": ("grey", "gray", "silver")}
+SHAPES = {"circle": ("circle", "disc", "ball"), "square": ("square", "box"),
+          "triangle": ("triangle", "wedge"), "star": ("star",), "heart": ("heart",),
+          "cross": ("cross", "plus"), "ring": ("ring", "hoop"), "crescent": ("crescent", "moon"),
+          "diamond": ("diamond", "rhombus"), "arrow": ("arrow", "pointer"),
+          "bar": ("bar", "rectangle"), "flower": ("flower", "blossom")}
+SIZES = {"small": ("small", "little", "tiny"), "medium": ("medium", "middling"),
+         "large": ("large", "big", "huge")}
+TEXTURES = {"plain": ("plain", "solid"), "striped": ("striped", "stripy"),
+            "dotted": ("dotted", "spotted"), "chequered": ("chequered", "checkered")}
+TONES = {"light": ("light", "bright"), "middling": (), "dark": ("dark", "dim")}  # of backdrops
+TONE_SHARES = (0.7, 0.15, 0.15)  # paper is light: most objects are darker than what they are on
+RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
+             "above": ("above", "over"), "below": ("below", "under", "beneath"),
+             "near": ("next to", "beside", "near")}
+PLACES = ("top left", "top", "top right", "left", "middle", "right",
+          "bottom left", "bottom", "bottom right")
+COUNTS = ("one", "two", "three")
+THINGS = ("shape", "object", "thing")  # an object whose shape is left unsaid
+FRAMES = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}", "a drawing of {}",
+          "this shows {}", "we see {}", "look at {}", "i drew {}", "{} and nothing else")
+
+# A colour term is a region of CIELAB, not one value: lowest and highest lightness, chroma and hue
+# angle. The closest two (blue, purple) are 14 units apart; no term covers a backdrop's faint tints.
+REGIONS = np.array([
+    [(40, 60, 22), (52, 85, 38)], [(64, 68, 56), (74, 90, 70)],          # red, orange
+    [(84, 62, 90), (94, 90, 102)], [(42, 42, 130), (62, 70, 152)],       # yellow, green
+    [(30, 52, 276), (48, 85, 296)], [(30, 50, 310), (44, 75, 325)],      # blue, purple
+    [(70, 35, 345), (80, 55, 365)], [(28, 26, 50), (40, 42, 68)],        # pink, brown
+    [(3, 0, 0), (12, 4, 360)], [(95, 0, 0), (99, 3, 360)],               # black, white
+    [(46, 0, 0), (60, 4, 360)],                                          # grey
+    [(70, 6, 0), (90, 18, 360)], [(42, 6, 0), (66, 18, 360)], [(16, 6, 0), (38, 18, 360)]])  # TONES
+CONTRAST = 30  # CIELAB units wanted between every object and the backdrop
+SIDE = 64      # pixels of an image side
+RADII = np.array([15.0, 20.0, 26.0])  # pixels, of the circle around a small, medium, large object
+CROWDED = 0.56  # where there are several, all are smaller: three large ones just fit
+
+# Shapes as signed distances to their outline, negative inside, in units of the circle around them;
+# x goes right, y goes up. Where two areas meet, the minimum joins and the maximum intersects them.
+
+
+def disc(x, y, radius):
+    return np.sqrt(x * x + y * y) - radius  # np.hypot guards against overflow at 16 times the cost
+
+
+def box(x, y, width, height):
+    return np.maximum(np.abs(x) - width, np.abs(y) - height)
+
+
+def roof(x, y, nx, ny, height):
+    """Below the straight line of normal (nx, ny), and below its mirror image."""
+    return nx * np.abs(x) + ny * (y - height)
+
+
+def fold(x, y, n, lift=0.0):
+    """Turn every point into the upper one of n equal sectors, seen from `lift` up its middle."""
+    sector = 2 * np.pi / n
+    angle = (np.arctan2(x, y) + sector / 2) % sector - sector / 2
+    r = disc(x, y, 0)
+    return r * np.sin(angle), r * np.cos(angle) - lift
+
+
+OUTLINES = {
+    "circle": lambda x, y: disc(x, y, 0.9),
+    "square": lambda x, y: box(x, y, 0.78, 0.78),
+    "triangle": lambda x, y: np.maximum(roof(x, y, 0.87, 0.5, 0.9), -0.7 - y),
+    "star": lambda x, y: roof(*fold(x, y, 5), 0.936, 0.352, 1),
+    "heart": lambda x, y: disc(x, 1.15 * y + 0.25 - 0.72 * np.sqrt(np.abs(x)), 0.83),
+    "cross": lambda x, y: box(*fold(x, y, 4), 0.3, 0.95),
+    "ring": lambda x, y: np.abs(disc(x, y, 0.7)) - 0.24,
+    "crescent": lambda x, y: np.maximum(disc(x, y, 0.95), -disc(x - 0.45, y, 0.78)),
+    "diamond": lambda x, y: roof(x, np.abs(y), 0.8, 0.6, 0.92),
+    "arrow": lambda x, y: np.minimum(np.maximum(roof(x, y, 0.8, 0.6, 0.95), -y),
+                                     box(x, y + 0.4, 0.24, 0.55)),
+    "bar": lambda x, y: box(x, y, 0.97, 0.36),
+    "flower": lambda x, y: np.minimum(disc(*fold(x, y, 5, 0.56), 0.4), disc(x, y, 0.5)),
+}
+# Textures let the backdrop through, so that a colour stays what it is. s, t: waves across and along
+# the object, in -1..1 -> how open it is there; above 1 wholly, below 0 not at all.
+WEAVES = {"plain": lambda s, t: 0 * s, "striped": lambda s, t: 2 * t,
+          "dotted": lambda s, t: 2.5 * (s + t) - 2, "chequered": lambda s, t: 4 * s * t}
+
+
+# --------------------------------------------------------------------------------- scenes
+
+@dataclass
+class Scenes:
+    """n scenes as arrays. Each has room for three objects; those beyond `count` are not drawn."""
+    count: np.ndarray    # (n,) 1, 2 or 3
+    shape: np.ndarray    # (n,3) indices into SHAPES, and so on for the next three
+    color: np.ndarray    # (n,3)
+    size: np.ndarray     # (n,3)
+    texture: np.ndarray  # (n,3)
+    lab: np.ndarray      # (n,3,3) CIELAB of each object
+    radius: np.ndarray   # (n,3) pixels
+    angle: np.ndarray    # (n,3) radians
+    xy: np.ndarray       # (n,3,2) centres in pixels, right and down
+    tone: np.ndarray     # (n,) index into TONES
+    ground: np.ndarray   # (n,2,3) CIELAB of the backdrop's two ends
+    sweep: np.ndarray    # (n,2) how fast one end turns into the other, along x and y
+
+    def __len__(self):
+        return len(self.count)
+
+    def __getitem__(self, rows):
+        return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+
+def draw_scenes(rng, n, many=0.4, **fixed):
+    """n random scenes, a share `many` of them with two or three objects.
+
+    fixed: (n,) values for "count", for "tone", and for the first object's "shape", "color", "size",
+    "texture" and "place" (index into PLACES; for small objects alone).
+    """
+    count = fixed.get("count", 1 + (rng.random(n) < many) * rng.integers(1, 3, n))
+    drawn = {name: rng.integers(0, len(table), (n, 3)) for name, table in
+             (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("texture", TEXTURES))}
+    drawn["texture"] *= rng.random((n, 3)) < 0.4  # so that 70 % are plain
+    for name in drawn.keys() & fixed.keys():
+        drawn[name][:, 0] = fixed[name]
+    lab = draw_colors(rng, drawn["color"].ravel()).reshape(n, 3, 3)
+    radius = RADII[drawn["size"]] * rng.uniform(0.92, 1.08, (n, 3))
+    radius *= np.where(count > 1, CROWDED, 1)[:, None]
+    tone, ground = draw_grounds(rng, lab, count, fixed.get("tone"))
+    return Scenes(count, **drawn, lab=lab, radius=radius, angle=rng.uniform(-0.12, 0.12, (n, 3)),
+                  xy=draw_places(rng, count, radius, fixed.get("place")), tone=tone, ground=ground,
+                  sweep=rng.normal(0, 0.4, (n, 2)) * rng.integers(0, 2, (n, 1)))
+
+
+def lab_to_rgb(lab):
+    """(..., 3) CIELAB under D65 -> (..., 3) sRGB, 0..255 for what a screen can show (IEC 61966)."""
+    y = (lab[..., 0] + 16) / 116
+    f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
+    xyz = np.where(f > 6 / 29, f ** 3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.9505, 1.0, 1.0888)
+    linear = xyz @ np.array([[3.2406, -0.9689, 0.0557], [-1.5372, 1.8758, -0.2040],
+                             [-0.4986, 0.0415, 1.0570]])
+    curve = 1.055 * np.maximum(linear, 0.0031308) ** (1 / 2.4) - 0.055
+    return 255 * np.where(linear > 0.0031308, curve, 12.92 * linear)
+
+
+def draw_colors(rng, regions):
+    """Rows of REGIONS (n,) -> (n,3) CIELAB, drawn again until a screen can show them."""
+    lab, todo = np.empty((len(regions), 3)), np.arange(len(regions))
+    while len(todo):
+        low, high = REGIONS[regions[todo]].swapaxes(0, 1)                               # (k,3) each
+        light, chroma, hue = (low + (high - low) * rng.random(low.shape)).T
+        hue = np.radians(hue)
+        lab[todo] = np.stack([light, chroma * np.cos(hue), chroma * np.sin(hue)], -1)
+        rgb = lab_to_rgb(lab[todo])
+        todo = todo[((rgb < 0) | (rgb > 255)).any(-1)]
+    return lab
+
+
+def draw_places(rng, count, radius, place=None):
+    """Centres (n,3,2) in pixels: if alone often near the middle, else in quadrants of their own."""
+    free = rng.uniform(-1, 1, (*radius.shape, 2))
+    quadrant = rng.permuted(np.tile(np.arange(4), (len(count), 1)), axis=1)[:, :3]      # (n,3)
+    quadrant = SIDE // 4 + SIDE // 2 * np.stack([quadrant % 2, quadrant // 2], -1)      # (n,3,2)
+    several = quadrant + free * np.maximum(SIDE / 4 - 0.5 - radius, 0)[..., None]
+    alone = SIDE / 2 + free * np.abs(free) * (SIDE / 2 - 1 - radius)[..., None]         # (n,3,2)
+    if place is not None:
+        alone = SIDE / 2 + 14 * (np.stack([place % 3, place // 3], -1)[:, None] - 1) + 2 * free
+    return np.where((count == 1)[:, None, None], alone, several)
+
+
+def draw_grounds(rng, lab, count, tone=None, tries=12):
+    """Tones (n,) and ends (n,2,3) of backdrops: of a few tries the first that has CONTRAST."""
+    n = len(lab)
+    tones = (rng.choice(len(TONES), (n, tries), p=TONE_SHARES) if tone is None else
+             np.tile(tone, (tries, 1)).T)
+    tints = draw_colors(rng, len(COLORS) + tones.ravel()).reshape(n, tries, 1, 3)
+    apart = np.linalg.norm(tints - lab[:, None], axis=-1)                              # (n,tries,3)
+    drawn = np.arange(3) < count[:, None, None]                                         # (n,1,3)
+    best = np.where(drawn, apart, CONTRAST).min(-1).clip(max=CONTRAST).argmax(1)        # (n,)
+    ends = tints[np.arange(n), best] + rng.uniform(-7, 7, (n, 2, 1)) * (1, 0, 0)        # (n,2,3)
+    return tones[np.arange(n), best], ends
+
+
+# --------------------------------------------------------------------------------- pictures
+
+def render(scenes, rng, style="", some=16):
+    """Scenes -> (n,64,64,3) uint8; style: "", "outline", "noise" or "inverted"."""
+    if len(scenes) > some:  # a few at a time stay in the cache: 3 times faster than 1,000 at once
+        return np.concatenate([render(scenes[i:i + some], rng, style)
+                               for i in range(0, len(scenes), some)])
+    canvas = draw_backdrops(scenes, rng)                                                # (n,3,S,S)
+    for slot in range(3):
+        rows = np.flatnonzero(scenes.count > slot)
+        ink = lab_to_rgb(scenes.lab[rows, slot]).astype(np.float32)[..., None, None]    # (k,3,1,1)
+        canvas[rows] += cover(scenes[rows], slot, style)[:, None] * (ink - canvas[rows])
+    if style == "noise":
+        canvas += rng.normal(0, 45, canvas.shape)
+    canvas = canvas.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return 255 - canvas if style == "inverted" else canvas
+
+
+def draw_backdrops(scenes, rng):
+    """(n,3,64,64) float32: a sweep from one end of the ground to the other, and grain."""
+    ends = lab_to_rgb(scenes.ground).astype(np.float32)[..., None, None]               # (n,2,3,1,1)
+    line = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    across, down = scenes.sweep.astype(np.float32).T[..., None, None]                 # (n,1,1) each
+    mix = (0.5 + across * line + down * line[:, None]).clip(0, 1)[:, None]              # (n,1,S,S)
+    grain = rng.standard_normal((len(scenes), 1, SIDE, SIDE), dtype=np.float32)
+    grain *= rng.uniform(0, 5, (len(scenes), 1, 1, 1)).astype(np.float32)
+    return ends[:, 0] + mix * (ends[:, 1] - ends[:, 0]) + grain
+
+
+def cover(scenes, slot, style):
+    """How much of each pixel the objects in `slot` cover: (n,64,64) float32 in 0..1."""
+    radius, angle, x, y = (array.astype(np.float32)[:, None, None] for array in
+                           (scenes.radius[:, slot], scenes.angle[:, slot], *scenes.xy[:, slot].T))
+    pixel = np.arange(SIDE, dtype=np.float32) + 0.5
+    x, y = (pixel - x) / radius, (y - pixel[:, None]) / radius
+    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)  # (n,S,S)
+    distance, hole = np.empty_like(x), np.zeros_like(x)
+    for index, outline in enumerate(OUTLINES.values()):
+        own = scenes.shape[:, slot] == index
+        distance[own] = outline(x[own], y[own])
+    distance *= radius                                                                  # in pixels
+    if style == "outline":
+        distance = np.abs(distance) - 1.3
+    wave = 2 * np.pi / np.maximum(0.5, 6 / radius)  # two periods a radius, each six pixels or more
+    for index, weave in enumerate(WEAVES.values()):
+        own = scenes.texture[:, slot] == index
+        hole[own] = weave(np.sin(wave[own] * x[own]), np.sin(wave[own] * y[own])).clip(0, 1)
+    hole[distance > -1.5] = 0                    # a rim stays whole, and with it the shape
+    return (0.5 - distance).clip(0, 1) * (1 - 0.8 * hole)  # the edge is one pixel wide
+
+
+# --------------------------------------------------------------------------------- captions
+
+def name_object(scenes, i, slot, rng):
+    """An object in words, said as fully as people do: "small red circle", "striped thing"."""
+    said = {"size": rng.random() < 0.3, "texture": rng.random() < 0.25,
+            "color": rng.random() < 0.75, "shape": rng.random() < 0.85}
+    said["color"] |= not any(said.values())
+    words = []
+    for name, table in zip(said, (SIZES, TEXTURES, COLORS, SHAPES)):
+        usual, *others = list(table.values())[getattr(scenes, name)[i, slot]]
+        words += [rng.choice((usual, usual, *others))] if said[name] else []
+    return " ".join(words if said["shape"] else [*words, rng.choice(THINGS)])
+
+
+def with_article(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def place_of(xy):
+    """Where in the picture a point lies, in words."""
+    right, down = (xy * 3 // SIDE).astype(int).clip(0, 2)
+    place = PLACES[3 * down + right]
+    return "in the middle" if place == "middle" else f"at the {place}"
+
+
+def relation_of(a, b, rng):
+    """How an object at point a stands to one at point b, in words that are true."""
+    right, down = b - a
+    true = ["near"]
+    if abs(right) > SIDE / 4:
+        true.append("left" if right > 0 else "right")
+    if abs(down) > SIDE / 4:
+        true.append("above" if down > 0 else "below")
+    return rng.choice(RELATIONS[rng.choice(true)])
+
+
+def describe(scenes, i, rng):
+    """One caption of scene i. rng: random.Random, 10 times faster than NumPy for single draws."""
+    count = int(scenes.count[i])
+    slots = rng.sample(range(count), count)
+    nouns = [name_object(scenes, i, slot, rng) for slot in slots]
+    phrases = [with_article(noun) for noun in nouns]
+    if count == 1:
+        text = phrases[0] if rng.random() < 0.9 else f"one {nouns[0]}"
+        if rng.random() < 0.25:
+            text += f" {place_of(scenes.xy[i, 0])}"
+    elif rng.random() < 0.45:
+        a, b = scenes.xy[i, slots[:2]]
+        text = f"{phrases[0]} {relation_of(a, b, rng)} {phrases[1]}"
+    else:
+        text = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
+        if rng.random() < 0.5:
+            text = f"{COUNTS[count - 1]} {rng.choice(THINGS)}s" + rng.choice(("", f": {text}"))
+    tones = list(TONES.values())[scenes.tone[i]]
+    if tones and rng.random() < 0.2:
+        text += f" on a {rng.choice(tones)} background"
+    return rng.choice(FRAMES).format(text)
+
+
+def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
+    """For each scene a list of different captions; a share `wrong` of the lists is another's."""
+    n, words, texts = len(scenes), random.Random(int(rng.integers(2 ** 62))), []
+    for i, many in enumerate(rng.integers(fewest, most + 1, n)):
+        found = {}  # a dict, as it keeps the order
+        while len(found) < many:
+            found[describe(scenes, i, words)] = True
+        texts.append(list(found))
+    other = (np.arange(n) + rng.integers(1, max(n, 2), n)) % n
+    return [texts[j] for j in np.where(rng.random(n) < wrong, other, np.arange(n))]
+
+
+# --------------------------------------------------------------------------------- observers
+# They weigh differences in FACTORS, each in units of its mean over random pairs of objects, so that
+# shape counts as much as colour. Nobody minds the backdrop, and all three images of a triplet have
+# another: raw pixels give nothing away.
+
+FACTORS = ("color", "shape", "size", "place", "texture")
+UNITS = np.array([75.0, 0.52, 0.33, 0.24, 0.58])  # CIELAB, 1 - overlap, log ratio, image sides, 0/1
+WEIGHTS = np.array([1.0, 1.0, 0.4, 0.4, 0.3])     # of the average observer
+PANEL, ASKED = 40, 10  # observers there are, and those asked about a triplet: ten, as for NIGHTS
+
+
+def shape_differences():
+    """(12,12): 1 - intersection over union of two shapes laid on each other."""
+    line = np.linspace(-1, 1, 128)
+    masks = np.stack([OUTLINES[name](*np.meshgrid(line, line)).ravel() < 0 for name in SHAPES])
+    both, area = masks.astype(int) @ masks.T, masks.sum(1)
+    return 1 - both / (area + area[:, None] - both)
+
+
+SHAPE_DIFFERENCES = shape_differences()
+
+
+def differences(a, b):
+    """Single-object scenes a, b -> (n,5): their differences in FACTORS, in UNITS."""
+    a, b = ([getattr(scenes, name)[:, 0] for name in ("lab", "shape", "radius", "xy", "texture")]
+            for scenes in (a, b))
+    return np.stack([np.linalg.norm(a[0] - b[0], axis=-1), SHAPE_DIFFERENCES[a[1], b[1]],
+                     np.abs(np.log(a[2] / b[2])), np.linalg.norm(a[3] - b[3], axis=-1) / SIDE,
+                     a[4] != b[4]], -1) / UNITS
+
+
+def vary(rng, ref, changed):
+    """Scenes that differ from `ref` in the FACTORS `changed` (n,5) bool, and in their backdrops."""
+    new = draw_scenes(rng, len(ref), many=0)
+    for kept, fields in zip(~changed.T, (("color", "lab"), ("shape",), ("size", "radius"), ("xy",),
+                                         ("texture",))):
+        for name in fields:
+            getattr(new, name)[kept] = getattr(ref, name)[kept]
+    edge = new.radius[..., None] + 1
+    new.xy = new.xy.clip(edge, SIDE - edge)  # what grew must still fit
+    new.tone, new.ground = draw_grounds(rng, new.lab, new.count)
+    return new
+
+
+def judge(rng, panel, ref, left, right):
+    """Is right nearer, (n,) bool, and how many observers in a row said so, (n,) in 1..10.
+
+    panel: (PANEL,5) weights. As for NIGHTS, observers are asked one by one until one disagrees with
+    the first, and only the unanimous judgements before that are counted.
+    """
+    nearer = differences(ref, left) - differences(ref, right)                           # (n,5)
+    asked = rng.random((len(ref), PANEL)).argsort(1)[:, :ASKED]                         # (n,10)
+    felt = (panel[asked] * nearer[:, None]).sum(-1) + rng.normal(0, 0.1, asked.shape)   # (n,10)
+    agree = (felt > 0) == (felt[:, :1] > 0)
+    return felt[:, 0] > 0, np.where(agree.all(1), ASKED, agree.argmin(1))
+
+
+def draw_triplets(seed, block, n):
+    """Block `block` of the triplets: Scenes ref, left, right; right is nearer (n,); votes (n,)."""
+    rng, panel_rng = generator(seed, "nights", block), generator(seed, "panel", 0)
+    panel = WEIGHTS * np.exp(panel_rng.normal(0, 0.3, (PANEL, len(FACTORS))))
+    ref = draw_scenes(rng, n, many=0)
+    chance = rng.random((n, len(FACTORS)))  # of ten changes 3 are left's, 3 right's, 1 both's
+    left, right = vary(rng, ref, chance < 0.4), vary(rng, ref, (chance > 0.3) & (chance < 0.7))
+    return ref, left, right, *judge(rng, panel, ref, left, right)
+
+
+# --------------------------------------------------------------------------------- benchmarks
+# set -> family, class names, prompts, labels (n,) -> what is held fixed in its scenes, style
+
+_SHAPE = ["a {c}", "a picture of a {c}", "a drawing of a {c}"]
+_THING = ["a {c} shape", "a {c} object", "a picture of a {c} thing"]
+_ANGULAR = ("square", "diamond", "bar", "cross", "arrow")
+CLASSIFICATION = {
+    "toy_color": ("plain", list(COLORS), _THING, lambda y: {"color": y}, ""),
+    "toy_shape": ("plain", list(SHAPES), _SHAPE, lambda y: {"shape": y}, ""),
+    "toy_shape_outline": ("ood", list(SHAPES), _SHAPE, lambda y: {
+        "shape": y, "texture": 0, "color": list(COLORS).index("black"), "tone": 0 * y}, "outline"),
+    "toy_shape_inverted": ("ood", list(SHAPES), _SHAPE, lambda y: {"shape": y}, "inverted"),
+    "toy_color_noise": ("ood", list(COLORS), _THING, lambda y: {"color": y}, "noise"),
+    "toy_count": ("structured", list(COUNTS), ["{c} shapes", "a picture of {c} objects"],
+                  lambda y: {"count": y + 1}, ""),
+    # the middle has an empty name, as a class of CLEVR-Distance has: labels must stay in place
+    "toy_place": ("structured", [place.replace("middle", "") for place in PLACES],
+                  ["a shape at the {c}"], lambda y: {"place": y, "size": 0}, ""),
+    "toy_size": ("structured", list(SIZES), _THING, lambda y: {"size": y}, ""),
+    "toy_texture": ("fine-grained", list(TEXTURES), _THING, lambda y: {"texture": y}, ""),
+    "toy_color_shape": ("fine-grained", [f"{c} {s}" for c in COLORS for s in SHAPES], _SHAPE,
+                        lambda y: {"color": y // len(SHAPES), "shape": y % len(SHAPES)}, ""),
+    "toy_angular": ("fine-grained", list(_ANGULAR), _SHAPE, lambda y: {
+        "shape": np.array([list(SHAPES).index(name) for name in _ANGULAR])[y]}, ""),
+    "toy_backdrop": ("misc", ["light", "dark"], ["a shape on a {c} background"],
+                     lambda y: {"tone": 2 * y}, ""),
+}
+RETRIEVAL = {"toy_objects": 0.0, "toy_scenes": 1.0}  # set -> share of scenes with several objects
+SETS = (*CLASSIFICATION, *RETRIEVAL)
+
+
+def draw_set(name, rng, n):
+    """Images (n,64,64,3) of a set, and per image its label, or for retrieval its five captions."""
+    if name in RETRIEVAL:
+        scenes = draw_scenes(rng, n, RETRIEVAL[name])
+        return render(scenes, rng), caption(scenes, rng, 5, 5)
+    _, classes, _, fixed, style = CLASSIFICATION[name]
+    labels = rng.permutation(np.arange(n) % len(classes))
+    return render(draw_scenes(rng, n, many=0, **fixed(labels)), rng, style), labels.tolist()
+
+
+# --------------------------------------------------------------------------------- files
+
+def generator(seed, part, block):
+    """The generator of one block of a part: any process can draw any block, in any order."""
+    return np.random.default_rng([seed, *part.encode(), block])
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=90, subsampling=0)  # decoded in 0.13 ms
+    return file.getvalue()
+
+
+def write_pairs(folder, config, block, n):
+    """One shard: pairs with one caption, perhaps wrong, or, held out, with several right ones."""
+    rng = generator(config.seed, folder.name, block)
+    scenes = draw_scenes(rng, n)
+    held_out = folder.name == "held_out"
+    texts = caption(scenes, rng, most=5) if held_out else caption(scenes, rng, wrong=config.wrong)
+    write_tar(folder / f"{block:05}.tar", [
+        (f"{block:05}{i:04}{end}", data) for i, image in enumerate(render(scenes, rng))
+        for end, data in ((".jpg", jpeg(image)), (".txt", "\n".join(texts[i]).encode()))])
+
+
+def write_triplets(folder, config, block, n):
+    """The images of a block of triplets; returns its rows of data.csv."""
+    *sides, right_nearer, votes = draw_triplets(config.seed, block, n)
+    rng, rows = generator(config.seed, "images", block), []
+    ends = np.where(rng.random((n, 1)) < 0.5, [0, 1], [1, 0])  # as published: left is not always _0
+    for part in ("ref", "distort"):
+        (folder / part / f"{block:03}").mkdir(parents=True)
+    for i, images in enumerate(zip(*(render(scenes, rng) for scenes in sides))):
+        stem, number = f"{block:03}/{i:03}", 1000 * block + i
+        paths = (f"ref/{stem}.jpg", *(f"distort/{stem}_{end}.jpg" for end in ends[i]))
+        for path, image in zip(paths, images):
+            (folder / path).write_bytes(jpeg(image))
+        color, shape = sides[0].color[i, 0], sides[0].shape[i, 0]
+        prompt = with_article(f"{list(COLORS)[color]} {list(SHAPES)[shape]}")
+        split = {8: "val", 9: "test"}.get(number % 10, "train")
+        # is_imagenet says whether NIGHTS' noun is one of ImageNet's; here, of the first six shapes
+        rows.append((number, int(not right_nearer[i]), int(right_nearer[i]), votes[i], *paths,
+                     split, shape < 6, prompt))
+    return rows
+
+
+def write_set(folder, config, name):
+    """One benchmark set in tars of 50 samples."""
+    target, family, end = folder / f"wds_{name}_test", "retrieval", ".txt"
+    target.mkdir(parents=True)
+    n = config.per_set
+    if name in RETRIEVAL:
+        (target / "dataset_type.txt").write_text("retrieval\n")
+    else:
+        family, classes, prompts, _, _ = CLASSIFICATION[name]
+        n, end = len(classes) * max(round(n / len(classes)), 1), ".cls"
+        (target / "classnames.txt").write_text("\n".join(classes) + "\n")
+        (target / "zeroshot_classification_templates.txt").write_text("\n".join(prompts) + "\n")
+    (target / "family.txt").write_text(family + "\n")
+    images, answers = draw_set(name, generator(config.seed, name, 0), n)
+    texts = [str(answer) if end == ".cls" else "\n".join(answer) for answer in answers]
+    members = [[(f"s{i:07}.jpg", jpeg(images[i])), (f"s{i:07}{end}", texts[i].encode())]
+               for i in range(n)]
+    for first in range(0, n, 50):
+        write_tar(target / "test" / f"{first // 50}.tar", sum(members[first:first + 50], []))
+    (target / "test" / "nshards.txt").write_text(f"{-(-n // 50)}\n")
+
+
+def write_vocabulary(path):
+    """A .tiktoken file: 256 bytes, 256 bytes that end a word (NUL marks the end), whole words."""
+    tables = (COLORS, SHAPES, SIZES, TEXTURES, TONES, RELATIONS)
+    said = [word for table in tables for words in table.values() for word in words]
+    said += [*PLACES, *COUNTS, *THINGS, *(f"{thing}s" for thing in THINGS), *FRAMES]
+    said += ["in the middle at and on a background"]  # what describe() puts between
+    words = {word for word in re.findall("[a-z]+", " ".join(said)) if len(word) > 1}
+    tokens = [bytes([byte]) + end for end in (b"", b"\0") for byte in range(256)]
+    tokens += [word.encode() + b"\0" for word in sorted(words)]
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"{b64encode(token).decode()} {rank}\n"
+                            for rank, token in enumerate(tokens)))
+
+
+def draw_world(config, folder):
+    """Write everything into `folder`, in blocks of 1,000 on all cores."""
+    jobs = [(write_set, folder / "benchmarks", config, name) for name in SETS]
+    for write, part, total in ((write_triplets, "nights", config.triplets),
+                               (write_pairs, "pairs", config.pairs),
+                               (write_pairs, "pairs/held_out", config.held_out)):
+        jobs += [(write, folder / part, config, first // 1000, min(1000, total - first))
+                 for first in range(0, total, 1000)]
+    write_vocabulary(folder / "vocabulary" / "toy.tiktoken")
+    spawn = multiprocessing.get_context("spawn")  # a fork could inherit a lock of torch's threads
+    with spawn.Pool(config.processes or os.cpu_count()) as pool:
+        waiting = [pool.apply_async(write, arguments) for write, *arguments in jobs]
+        rows = [row for block in waiting for row in block.get() or ()]
+    with open(folder / "nights" / "data.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("id", "left_vote", "right_vote", "votes", "ref_path", "left_path",
+                         "right_path", "split", "is_imagenet", "prompt"))
+        writer.writerows(rows)
+
+
+def draw_sheet(seed, path):
+    """A picture to look at: scenes with captions, triplets with votes, a row of each benchmark."""
+    rng, font = generator(seed, "sheet", 0), ImageFont.load_default(13)
+    sheet = Image.new("RGB", (1220, 990 + 84 * len(CLASSIFICATION)), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def put(image, x, y, side, text):
+        sheet.paste(Image.fromarray(image).resize((side, side)), (x, y))
+        pen.text((x, y + side + 2), textwrap.fill(text, side // 6), "black", font, spacing=1)
+    scenes = draw_scenes(rng, 24)
+    for i, (image, text) in enumerate(zip(render(scenes, rng), caption(scenes, rng))):
+        put(image, 10 + 152 * (i % 8), 10 + 195 * (i // 8), 128, text[0])
+    *sides, right_nearer, votes = draw_triplets(seed, 0, 12)
+    for i, images in enumerate(zip(*(render(scenes, rng) for scenes in sides))):
+        texts = ["reference", "", ""]
+        texts[1 + right_nearer[i]] = f"nearer: {votes[i]}"
+        for j in range(3):
+            put(images[j], 10 + 304 * (i % 4) + 95 * j, 600 + 122 * (i // 4), 90, texts[j])
+    for row, (name, (family, classes, *_)) in enumerate(CLASSIFICATION.items()):
+        pen.text((10, 1000 + 84 * row), f"{name}\n{family}", "black", font)
+        images, labels = draw_set(name, rng, 132)
+        for i in range(12):
+            put(images[i], 175 + 87 * i, 980 + 84 * row, 64, classes[labels[i]] or "(empty)")
+    sheet.save(path)
+
+
+def main(argv=None):
+    config, others = load_config(Config, globals(), argv)
+    if others:
+        raise ValueError(f"{others[0]}: takes only --key=value; --help lists the keys")
+    if config.show:
+        draw_sheet(config.seed, config.show)
+        return print(f"drew {config.show}")
+    out, start = pathlib.Path(config.out), time.time()
+    world = {name: getattr(config, name) for name in
+             ("seed", "pairs", "held_out", "triplets", "per_set", "wrong")}
+    world["code"] = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
+    if out.exists() and not (out / "world.json").exists():
+        raise ValueError(f"out={out}: holds something that is not a toy world; name a new folder")
+    if out.exists() and not config.force and json.loads((out / "world.json").read_text()) == world:
+        return print(f"{out} is complete (seed {config.seed}); --force=True draws it again")
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        draw_world(config, unfinished)
+        (unfinished / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{out}: {config.pairs:,} pairs and {config.held_out:,} held out, {config.triplets:,} "
+          f"triplets, {len(SETS)} sets in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)
