@@ -47,8 +47,8 @@ class Config:
     warmup_steps: int = 150
     lr: float = 5e-4              # peak
     min_lr: float = 0.0           # of the last step
-    decay: str = "cosine"         # over this run's own steps, or "constant" (METHOD.md 5)
-    weight_decay: float = 0.1     # of AdamW, which is Adam at 0 (METHOD.md 4)
+    decay: str = "cosine"         # over this run's own steps, or "constant"
+    weight_decay: float = 0.1     # of AdamW, which is Adam at 0
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-8
@@ -76,7 +76,7 @@ class Config:
 
 
 def triplet_loss(ref, left, right, labels, margin):
-    """Hinge on the lead of the chosen side, a mean over triplets (METHOD.md 2).
+    """Hinge on the lead of the chosen side, a mean over triplets (arXiv 2505.14204).
 
     ref, left, right: (b,E) unit float32; labels (b,), 1 = right chosen; d = 1 - cos.
     """

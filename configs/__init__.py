@@ -150,7 +150,8 @@ def _where(path, name):
 
 def _same_signature(where, new, old):
     def shape(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
     if shape(new) != shape(old):
         raise ValueError(f"{where}: {new.__name__}{inspect.signature(new)} must have the signature "
                          f"{old.__name__}{inspect.signature(old)}")

@@ -1,4 +1,4 @@
-"""Stage 1 on NIGHTS as the paper's group ran it (METHOD.md 2): 576 steps for ViT-B/32.
+"""Stage 1 on NIGHTS as the paper's group ran it: 576 steps for ViT-B/32.
 
     python -m data.prepare_nights data/nights && python perceptual_init.py configs/nights.py
     python perceptual_init.py configs/nights.py --model=ViT-H-14     # its own warm-up

@@ -1,4 +1,4 @@
-"""Control: the judgements come after pretraining (METHOD.md 4), on the baseline's checkpoint.
+"""Control: the judgements come after pretraining, on the baseline's checkpoint.
 
     python perceptual_init.py configs/nights_posthoc.py    # out/yfcc_ViT-B-32/ckpt.pt -> whole CLIP
 

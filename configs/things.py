@@ -1,4 +1,4 @@
-"""Stage 1 on THINGS' odd-one-out judgements (METHOD.md 6): augmented, a hundredth of the rate.
+"""Stage 1 on THINGS' odd-one-out judgements: augmented, a hundredth of the rate.
 
     python -m data.triplets things TRIPLETS.csv IMAGES.txt data/things/triplets.csv
     python perceptual_init.py configs/things.py

@@ -2,8 +2,8 @@
 
     python pretrain.py configs/toy.py && python perceptual_init.py configs/toy_posthoc.py
 
-As METHOD.md 4 (qkv only, Adam without decay), but at the rate of the toy's stage 1: at a fiftieth
-of it, as for NIGHTS, so few steps would hardly move the tower.
+As nights_posthoc.py (qkv only, Adam without decay), but at the rate of the toy's stage 1: at a
+fiftieth of it, as for NIGHTS, so few steps would hardly move the tower.
 """
 from configs.toy_nights import *
 

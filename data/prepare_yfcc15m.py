@@ -31,7 +31,7 @@ from data.progress import Progress
 from data.shards import write_tar
 from data.text import Tokenizer
 
-FILES, ROWS = 1_507, 15_061_515  # of the release (METHOD: data card)
+FILES, ROWS = 1_507, 15_061_515  # of the release (its data card)
 CONTEXT = 77                     # ids a caption
 MAX_BAD = 0.1                    # share of a file's rows
 EXAMPLES = 5                     # rows named for each reason in done/NAME.json

@@ -369,7 +369,7 @@ def convert_things(triplets_csv, images_txt, out_csv, seed):
 
 
 def convert_rdm(matrix_npy, images_txt, out_csv, seed, per_anchor):
-    """Triplets mined from a dissimilarity matrix (n,n), as is done with brain data (METHOD 6).
+    """Triplets mined from a dissimilarity matrix (n,n), as is done with brain data.
 
     Each image is an anchor `per_anchor` times, without repeating a pair: the positive is drawn from
     its nearest 3 % of the other images, the negative from its farthest 5 %, at least one of each.

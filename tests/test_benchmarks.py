@@ -75,7 +75,7 @@ def test_the_table_has_32_rows_and_both_lists_29_and_2_retrieval_sets():
 
 def test_the_list_of_the_code_has_413108_images_and_top_5_for_26_of_29():
     rows = LISTS["code"][:29]
-    assert sum(row.n for row in rows) == 413_108  # EVALUATION.md, 2
+    assert sum(row.n for row in rows) == 413_108  # the images of all 29
     assert sum(row.classes >= 5 for row in rows) == 26
 
 
@@ -261,7 +261,7 @@ def random_pictures(rng, count):
 
 
 def pillow_form(content, size):
-    """EVALUATION.md, 3.4, written out: (S,S,3) uint8."""
+    """Resize and centre crop as torchvision does on Pillow images, written out: (S,S,3) uint8."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     w, h = image.size
     nw, nh = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)

@@ -97,7 +97,7 @@ def difference(ours, reference):
 
 
 def test_gradient_is_autograd_of_the_written_out_formula():
-    """METHOD.md 2 one triplet at a time, through torch's own cosine, in double precision."""
+    """The hinge, one triplet at a time, through torch's own cosine, in double precision."""
     torch.manual_seed(0)
     tower = VisionTower(TINY).double()
     _, images, labels = batch_of(12)
