@@ -131,12 +131,13 @@ class TorchScript(pickle.Unpickler):
 
 def recognise(path, content, quick_gelu):
     """(layout, fields of a CLIPConfig, tensors by name) of a foreign file; prints what it is."""
-    content = content.get("state_dict", content)  # a training checkpoint of open_clip
+    content = content.get("state_dict", content)  # open_clip's training checkpoints have more
+    # "module." is what DistributedDataParallel puts before every name
     tensors = {str(name).removeprefix("module."): tensor for name, tensor in content.items()
                if isinstance(tensor, torch.Tensor)}
     layout = ("huggingface" if names("vision.class_embedding", "huggingface")[0] in tensors else
               "openai" if {"visual.proj", *CONSTANTS} <= {*tensors} else "open_clip")
-    try:
+    try:  # whether the other tensors are there as well, to_ours sees
         fields = shapes(tensors, layout)
     except KeyError as missing:
         raise ValueError(f"{path}: no CLIP with a vision transformer in the layout of OpenAI, "
@@ -176,6 +177,7 @@ def shapes(tensors, layout):
 
 
 def heads(width, tower):
+    """Number of heads of a tower whose file does not tell."""
     return width // HEAD_WIDTHS[tower].get(width, 64)
 
 
@@ -212,7 +214,7 @@ def turned(name, layout):
 
 
 def to_layout(weights, layout):
-    """Our state dict -> theirs, of copies."""
+    """Our state dict -> theirs, of contiguous copies (safetensors takes no shared memory)."""
     theirs = {}
     for name, tensor in weights.items():
         called = names(name, layout)
@@ -228,7 +230,7 @@ def to_layout(weights, layout):
 
 def to_ours(path, theirs, empty, layout):
     """Their state dict -> ours in fp32, if it has the names and shapes of `empty`, ours."""
-    wanted = to_layout(empty, layout)
+    wanted = to_layout(empty, layout)  # on the meta device: names and shapes
     for name in [*wanted, *theirs]:
         if name not in theirs:
             raise ValueError(f"{path}: tensor {name} is missing")
@@ -247,6 +249,7 @@ def to_ours(path, theirs, empty, layout):
 
 
 def sha256(path):
+    """Hex digest of a file: evaluation writes it down as the weights' identity."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -307,6 +310,7 @@ def tokenizer_files(vocabulary, context_length):
     There each byte is spelled as a printable character (GPT-2's table: the printable ones of
     Latin-1 stand for themselves, the others follow from U+0100 on) and a word ends with "</w>".
     """
+    # data/prepare_vocabulary.py goes the other way; tests compare its input with this output
     ranks = {base64.b64decode(token): int(rank)
              for token, rank in (line.split() for line in vocabulary.splitlines())}
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -332,7 +336,7 @@ def tokenizer_files(vocabulary, context_length):
 def halves(token, ranks):
     """The two tokens that the last merge of byte pair encoding joins to this one."""
     parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
+    while len(parts) > 2:  # as in encoding: of all neighbours, those of the lowest rank first
         pairs = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
         i = pairs.index(min(pairs))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]

@@ -1,8 +1,11 @@
 """Weights travel to OpenAI's, open_clip's and Hugging Face's layouts and back without a bit's loss,
 and whatever is not a CLIP is refused in one line."""
+import importlib.util
 import os
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 from dataclasses import asdict, replace
 
@@ -160,6 +163,40 @@ def test_hugging_face_without_config_or_with_another_activation_is_refused(tmp_p
     with pytest.raises(FileNotFoundError, match="config.json") as error:
         load_clip(tmp_path)
     one_line(error)
+
+
+def test_open_clips_own_model_gives_the_same_embeddings_and_takes_our_export(tmp_path):
+    """In a process of its own, since torchvision is stood in for where it cannot load."""
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("pip install --no-deps open_clip_torch")
+    done = subprocess.run([sys.executable, "-c", OPEN_CLIP, str(tmp_path)], timeout=120,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+OPEN_CLIP = """
+import sys, torch
+from tests.bench.peer import load_peer
+open_clip, why = load_peer()
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from model import export_clip, load_clip
+torch.manual_seed(0)
+for quick in (False, True):
+    theirs = CLIP(24, CLIPVisionCfg(layers=2, width=128, patch_size=8, image_size=32),
+                  CLIPTextCfg(context_length=12, vocab_size=50, width=64, heads=1, layers=3),
+                  quick_gelu=quick).eval()
+    file, back = sys.argv[1] + "/theirs.pt", sys.argv[1] + "/ours.pt"
+    torch.save(theirs.state_dict(), file)
+    ours = load_clip(file, quick_gelu=quick)
+    images, tokens = torch.randn(3, 3, 32, 32), torch.randint(1, 48, (3, 12))
+    tokens[0, 3], tokens[1, 11], tokens[2, 1] = 49, 49, 49
+    with torch.no_grad():
+        for a, b in ((ours.encode_image(images), theirs.encode_image(images, normalize=True)),
+                     (ours.encode_text(tokens), theirs.encode_text(tokens, normalize=True))):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    export_clip(ours, back, "open_clip")
+    theirs.load_state_dict(torch.load(back))
+"""
 
 
 # ----------------------------------------------------------------------------- TorchScript archives

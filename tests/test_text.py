@@ -108,11 +108,21 @@ def test_ids_equal_instant_clip_tokenizers(clip):
     assert set(shares.values()) == {1.0}, shares
 
 
-def test_ids_equal_those_of_transformers_reading_our_export(clip, tmp_path):
+@pytest.fixture(scope="module")
+def exported(clip):
+    return tokenizer_files(clip.text, 77)
+
+
+def test_exported_merges_are_the_published_ones(exported):
+    merges = prepare_vocabulary.read_merges(prepare_vocabulary.published_merges()).split("\n")
+    assert exported["merges.txt"].split("\n")[1:-1] == merges[1:1 + prepare_vocabulary.MERGES]
+
+
+def test_ids_equal_those_of_transformers_reading_our_export(clip, exported, tmp_path):
     """All but words that end in a capital sigma ("ΣΑΣ"), which it turns into σ and CLIP into ς.
     Of the repairs it does NFC alone. Its vocab.json and merges.txt are written by ours."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    for name, content in tokenizer_files(clip.text, 77).items():
+    for name, content in exported.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     shares = agreement(clip, lambda lines: reference(lines, add_special_tokens=False)["input_ids"])
