@@ -1,4 +1,4 @@
-"""Token ids equal those of other CLIP tokenizers; what no other tokenizer decides, as documented."""
+"""Token ids equal other CLIP tokenizers'; what no other decides is as documented."""
 import base64
 import html
 import json
@@ -147,7 +147,7 @@ def test_known_ids(clip):
         [49406, 320, 1125, 539, 320, 1929, 49407, 0, 0]]
 
 
-# ---------------------------------------------------------------------- by hand, small vocabulary
+# ------------------------------------------------------------------------ by hand, small vocabulary
 
 def test_words_become_their_merges(small):
     # "cado" is ca, then d, then o with the mark; "Dog" is lower-cased; "!" stands alone
@@ -209,7 +209,7 @@ def test_decode_of_half_a_character_does_not_fail(small):
     assert small.decode([516, 0xF0, 513, 517, 513]) == "\ufffdcat"
 
 
-# ---------------------------------------------------------------------------------- the vocabulary
+# ----------------------------------------------------------------------------------- the vocabulary
 
 def test_path_and_text_of_a_vocabulary_are_the_same(small, tmp_path):
     file = tmp_path / "small.tiktoken"
