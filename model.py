@@ -45,7 +45,7 @@ class CLIPConfig:
     quick_gelu: bool = False  # x sigmoid(1.702 x) in place of GELU: a property of the weights
 
 
-SIZES = {  # METHOD.md 3           E    S    P   vision       text
+SIZES = {  # the paper's           E    S    P   vision       text
     "ViT-B-32": CLIPConfig(512, 224, 32, 768, 12, 12, 77, 49408, 512, 12, 8),
     "ViT-B-16": CLIPConfig(512, 224, 16, 768, 12, 12, 77, 49408, 512, 12, 8),
     "ViT-L-14": CLIPConfig(768, 224, 14, 1024, 24, 16, 77, 49408, 768, 12, 12),
@@ -242,12 +242,12 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images):
-        """Images (B, 3, S, S), normalised -> (B, E) fp32, of unit length."""
-        return F.normalize(self.vision(images).float(), dim=-1)
+        """Images (B, 3, S, S), normalised -> (B, E) of unit length, in the weights' fp32."""
+        return F.normalize(self.vision(images).to(self.logit_scale.dtype), dim=-1)
 
     def encode_text(self, tokens):
-        """Token ids (B, L), best left on the host -> (B, E) fp32, of unit length."""
-        return F.normalize(self.text(tokens).float(), dim=-1)
+        """Token ids (B, L), best left on the host -> (B, E) of unit length, in fp32."""
+        return F.normalize(self.text(tokens).to(self.logit_scale.dtype), dim=-1)
 
     def forward(self, images, tokens):
         """-> image embeddings (B, E), text embeddings (B, E), the scale () of their cosines."""
@@ -255,7 +255,7 @@ class CLIP(nn.Module):
 
 
 def optimizer_groups(module, weight_decay):
-    """AdamW's groups, decayed and not: dicts of params, names and weight_decay (METHOD.md 3).
+    """AdamW's groups, decayed and not: dicts of params, names and weight_decay.
 
     Not decayed: what has less than two dimensions (gains, biases, class embedding, temperature)
     and position embeddings. Frozen parameters are in neither.
