@@ -18,6 +18,8 @@ import time
 
 import torch
 
+from model import SIZES
+
 
 def options(doc, rounds=5, **defaults):
     """Parser of a bench: --quick, --device, --threads, --rounds, and --name=default of each other."""
@@ -27,8 +29,10 @@ def options(doc, rounds=5, **defaults):
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=rounds, help="measured runs of each case")
+    choices = {"model": tuple(SIZES), "dtype": ("bfloat16", "float32"), "peer": ("open_clip", "none")}
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            choices=choices.get(name))
     return parser
 
 
@@ -100,8 +104,8 @@ def totals(laps):
 
 
 def spread(values, unit="s", digits=3):
-    """'12.3 ms (12.1-12.9)': the median of seconds, or of plain numbers (unit=''), and the range."""
-    factor = {"s": 1, "ms": 1e3, "us": 1e6, "": 1}[unit]
+    """'12.3 ms (12.1-12.9)': the median of seconds, or of numbers in any other unit."""
+    factor = {"s": 1, "ms": 1e3, "us": 1e6}.get(unit, 1)
     low, middle, high = (f"{value * factor:.{digits}g}" if value * factor < 1000
                          else f"{value * factor:,.0f}"
                          for value in (min(values), statistics.median(values), max(values)))
@@ -122,12 +126,17 @@ def table(head, rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
-def fresh(module, *arguments, env=None):
+def environment(device):
+    """Environment for child processes: with --device=cpu they see no GPU."""
+    return dict(os.environ) if device == "cuda" else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def fresh(module, *arguments):
     """Run `python -m module arguments` alone; its last line, JSON, as an object."""
-    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], text=True,
-                          stdout=subprocess.PIPE, env={**os.environ, **(env or {})})
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"{module} {' '.join(map(str, arguments))}: ended with {done.returncode}")
+        raise SystemExit(f"{' '.join(command)}: ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -99,5 +99,4 @@ class PeerStep:
         mark()
         mark()
         self.optimizer.step()
-        with torch.no_grad():
-            self.clip.logit_scale.clamp_(0, math.log(100))
+        self.clip.logit_scale.data.clamp_(0, math.log(100))

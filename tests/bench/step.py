@@ -12,6 +12,7 @@ the allocator on a GPU.
 """
 import contextlib
 import json
+import math
 import resource
 import statistics
 import types
@@ -22,7 +23,6 @@ import torch.nn.functional as F
 
 import model
 import pretrain
-from data.ranks import Ranks
 from tests.bench import (caption_lengths, fresh, interleave, make_batch, options, ratio, spread,
                          start, table, totals)
 from tests.bench.peer import PeerStep, load_peer
@@ -34,6 +34,7 @@ TRICKS = {  # DESIGN.md 7
     "fused AdamW": "one kernel; otherwise torch's default",
     "patchify": "reshape and matrix product; otherwise a convolution",
 }
+ALONE = types.SimpleNamespace(rank=0, world=1)  # a data.ranks.Ranks without other ranks
 
 
 # ---------------------------------------------------------------------- the tricks, switched off
@@ -86,16 +87,17 @@ def only(on):
 # ------------------------------------------------------------------------------------- the step
 
 class OurStep:
-    """Our update, as in section 5 of pretrain.main."""
+    """Our update, as in section 5 of pretrain.main; among several ranks, this rank's part."""
 
-    def __init__(self, config, device, dtype, compiled=False):
+    def __init__(self, config, device, dtype, compiled=False, ranks=ALONE):
         self.clip = model.CLIP(config).to(device).train()
-        self.device, self.bf16 = device, dtype == "bfloat16"
+        self.device, self.bf16, self.ranks = device, dtype == "bfloat16", ranks
         if compiled:
             self.clip.vision.compile()
             self.clip.text.compile()
+        self.model = self.clip if ranks.world == 1 else torch.nn.parallel.DistributedDataParallel(
+            self.clip, gradient_as_bucket_view=True)
         self.settings = types.SimpleNamespace(micro_batch=0, loss_chunk=0, exact_negatives=True)
-        self.ranks = Ranks()
         self.optimizers = {fused: torch.optim.AdamW(
             model.optimizer_groups(self.clip, 0.1), lr=5e-4, betas=(0.9, 0.98), eps=1e-8,
             fused=fused or None) for fused in (True, False)}
@@ -106,11 +108,11 @@ class OurStep:
 
         def embed(rows):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = self.clip(images[rows], tokens[rows])
+                output = self.model(images[rows], tokens[rows])
             mark()
             return output
 
-        pretrain.accumulate_gradient(self.clip, embed, len(images), self.settings, self.ranks)
+        pretrain.accumulate_gradient(self.model, embed, len(images), self.settings, self.ranks)
         mark()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 3.0)
         mark()
@@ -118,8 +120,7 @@ class OurStep:
             optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            self.clip.logit_scale.clamp_(max=pretrain.math.log(100))
+        self.clip.logit_scale.data.clamp_(max=math.log(100))
 
 
 def peak_product(device, dtype, quick):
@@ -149,25 +150,25 @@ def our_cases(args, config, device, images, tokens):
     return cases
 
 
-def memory_of(args, name):
-    """Peak bytes of one case in a process of its own (two steps: the second has the moments)."""
+def alone(args, name):
+    """One case in a process of its own: {"seconds", "bytes"} of its second step, its peak."""
     return fresh("tests.bench.step", f"--device={args.device}", f"--model={args.model}",
                  f"--batch={args.batch}", f"--dtype={args.dtype}", f"--threads={args.threads}",
                  f"--alone={name}", *(["--compile"] if "compiled" in name else []))
 
 
-def alone(args, device, config, images, tokens):
-    """Child of memory_of: two steps of the case, then its peak bytes as JSON."""
+def measure_alone(args, device, config, images, tokens):
+    """The child of `alone`: two steps, for AdamW's moments come with the first."""
     if args.alone == "open_clip":
         step = PeerStep(load_peer()[0], config, device, args.dtype)
-        case = lambda mark: step(images, tokens)
+        cases = {"open_clip": lambda mark: step(images, tokens)}
     else:
         args.totals = True
-        case = our_cases(args, config, device, images, tokens)[args.alone]
-    case(lambda: None)
-    case(lambda: None)
-    print(json.dumps(torch.cuda.max_memory_allocated() if device.type == "cuda" else
-                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        cases = our_cases(args, config, device, images, tokens)
+    laps = interleave({args.alone: cases[args.alone]}, 1, device)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(json.dumps({"seconds": totals(laps[args.alone])[0], "bytes": peak}))
 
 
 def main():
@@ -181,7 +182,7 @@ def main():
     device, config = start(args), model.SIZES[args.model]
     images, tokens = make_batch(config, args.batch, device)
     if args.alone:
-        return alone(args, device, config, images, tokens)
+        return measure_alone(args, device, config, images, tokens)
     lengths = caption_lengths(args.batch, config.context_length)
     print(f"{args.model}, batch {args.batch}, {args.dtype}; caption tokens: mean "
           f"{lengths.float().mean():.1f}, median {lengths.median()}, longest {lengths.max()} of "
@@ -195,7 +196,7 @@ def main():
         peer = PeerStep(open_clip, config, device, args.dtype)
         cases["open_clip"] = lambda mark: peer(images, tokens, mark)
     cases["product"], operations = peak_product(device, getattr(torch, args.dtype), args.quick)
-    laps = interleave(cases, args.rounds, device, warmup=0 if args.quick else 2)
+    laps = interleave(cases, args.rounds, device, warmup=0 if args.quick else 1 + args.compile)
     peak = operations / statistics.median(totals(laps.pop("product")))
 
     # ---- the table
@@ -203,17 +204,16 @@ def main():
     against = totals(laps["open_clip"]) if open_clip else None
     for name, rounds in laps.items():
         seconds = totals(rounds)
-        parts = [spread([lap[i] for lap in rounds][:1] if args.quick else
-                        [statistics.median(lap[i] for lap in rounds)], "ms") for i in range(4)]
+        parts = [f"{statistics.median(part) * 1e3:,.0f}" for part in zip(*rounds)]
         rate = args.batch / statistics.median(seconds)
+        gib = "" if name.startswith("+") else f"{alone(args, name)['bytes'] / 2**30:.2f}"
         rows.append([name, spread(seconds, "ms"), *parts, f"{rate:,.1f}", ratio(plain, seconds),
                      ratio(against, seconds) if against else "-",
-                     f"{rate * model.flops_per_pair(config) / peak:.0%}",
-                     f"{memory_of(args, name) / 2**30:.2f}" if not name.startswith("+") else ""])
+                     f"{rate * model.flops_per_pair(config) / peak:.0%}", gib])
     print(f"matrix product peak: {peak / 1e9:,.0f} GFLOP/s; nominal work of a pair: "
           f"{model.flops_per_pair(config) / 1e9:.1f} GFLOP")
     table([f"{args.model}, batch {args.batch}, {args.dtype}", "step", "forward", "backward",
-           "clip", "AdamW", "pairs/s", "x plain", "x open_clip", "of peak", "peak GiB"], rows)
+           "clipping", "AdamW", "pairs/s", "x plain", "x open_clip", "of peak", "peak GiB"], rows)
 
 
 if __name__ == "__main__":
