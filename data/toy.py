@@ -43,7 +43,7 @@ class Config:
     out: str = "data/toy"
     pairs: int = 24_000      # training pairs
     held_out: int = 1_000    # pairs of unseen scenes
-    triplets: int = 8_000    # three quarters of them get six votes or more
+    triplets: int = 12_000   # three quarters of them get six votes or more
     per_set: int = 600       # images of a benchmark set, rounded to equal classes
     wrong: float = 0.1       # share of training captions that belong to another scene
     processes: int = 0       # 0: as many as cores
@@ -99,7 +99,7 @@ REGIONS = np.array([
     [(70, 6, 0), (90, 18, 360)], [(42, 6, 0), (66, 18, 360)], [(16, 6, 0), (38, 18, 360)]])  # TONES
 CONTRAST = 30  # CIELAB units wanted between every object and the backdrop
 SIDE = 64      # pixels of an image side
-RADII = np.array([15.0, 20.0, 26.0])  # pixels, of the circle around a small, medium, large object
+RADII = np.array([16.0, 21.0, 26.0])  # pixels, of the circle around a small, medium, large object
 CROWDED = 0.56  # where there are several, all are smaller: three large ones just fit
 
 # Shapes as signed distances to their outline, negative inside, in units of the circle around them;
@@ -130,7 +130,7 @@ def fold(x, y, n, lift=0.0):
 OUTLINES = {
     "circle": lambda x, y: disc(x, y, 0.9),
     "square": lambda x, y: box(x, y, 0.78, 0.78),
-    "triangle": lambda x, y: np.maximum(roof(x, y, 0.87, 0.5, 0.9), -0.7 - y),
+    "triangle": lambda x, y: np.maximum(roof(x, y, 0.87, 0.5, 0.87), -0.6 - y),
     "star": lambda x, y: roof(*fold(x, y, 5), 0.936, 0.352, 1),
     "heart": lambda x, y: disc(x, 1.15 * y + 0.25 - 0.72 * np.sqrt(np.abs(x)), 0.83),
     "cross": lambda x, y: box(*fold(x, y, 4), 0.3, 0.95),
@@ -173,7 +173,7 @@ class Scenes:
         return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
-def draw_scenes(rng, n, many=0.4, **fixed):
+def draw_scenes(rng, n, many=0.35, **fixed):
     """n random scenes, a share `many` of them with two or three objects.
 
     fixed: (n,) values for "count", for "tone", and for the first object's "shape", "color", "size",
@@ -207,7 +207,7 @@ def lab_to_rgb(lab):
 
 def draw_colors(rng, regions):
     """Rows of REGIONS (n,) -> (n,3) CIELAB, drawn again until a screen can show them."""
-    lab, todo = np.empty((len(regions), 3)), np.arange(len(regions))
+    lab, todo = np.empty((len(regions), 3)), np.arange(len(regions))  # most pass at once
     while len(todo):
         low, high = REGIONS[regions[todo]].swapaxes(0, 1)                               # (k,3) each
         light, chroma, hue = (low + (high - low) * rng.random(low.shape)).T
@@ -223,6 +223,7 @@ def draw_places(rng, count, radius, place=None):
     free = rng.uniform(-1, 1, (*radius.shape, 2))
     quadrant = rng.permuted(np.tile(np.arange(4), (len(count), 1)), axis=1)[:, :3]      # (n,3)
     quadrant = SIDE // 4 + SIDE // 2 * np.stack([quadrant % 2, quadrant // 2], -1)      # (n,3,2)
+    # a quarter holds its object whole; alone, half of all lie within a quarter of the way out
     several = quadrant + free * np.maximum(SIDE / 4 - 0.5 - radius, 0)[..., None]
     alone = SIDE / 2 + free * np.abs(free) * (SIDE / 2 - 1 - radius)[..., None]         # (n,3,2)
     if place is not None:
@@ -298,8 +299,8 @@ def cover(scenes, slot, style):
 
 def name_object(scenes, i, slot, rng):
     """An object in words, said as fully as people do: "small red circle", "striped thing"."""
-    said = {"size": rng.random() < 0.3, "texture": rng.random() < 0.25,
-            "color": rng.random() < 0.75, "shape": rng.random() < 0.85}
+    said = {"size": rng.random() < 0.2, "texture": rng.random() < 0.2,
+            "color": rng.random() < 0.75, "shape": rng.random() < 0.9}
     said["color"] |= not any(said.values())
     words = []
     for name, table in zip(said, (SIZES, TEXTURES, COLORS, SHAPES)):
@@ -332,7 +333,7 @@ def relation_of(a, b, rng):
 
 def describe(scenes, i, rng):
     """One caption of scene i. rng: random.Random, 10 times faster than NumPy for single draws."""
-    count = int(scenes.count[i])
+    count = int(scenes.count[i])  # the order in which objects are named is random, too
     slots = rng.sample(range(count), count)
     nouns = [name_object(scenes, i, slot, rng) for slot in slots]
     phrases = [with_article(noun) for noun in nouns]
@@ -361,7 +362,7 @@ def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
         while len(found) < many:
             found[describe(scenes, i, words)] = True
         texts.append(list(found))
-    other = (np.arange(n) + rng.integers(1, max(n, 2), n)) % n
+    other = (np.arange(n) + rng.integers(1, max(n, 2), n)) % n  # anyone but oneself
     return [texts[j] for j in np.where(rng.random(n) < wrong, other, np.arange(n))]
 
 
@@ -371,7 +372,7 @@ def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
 # another: raw pixels give nothing away.
 
 FACTORS = ("color", "shape", "size", "place", "texture")
-UNITS = np.array([75.0, 0.52, 0.33, 0.24, 0.58])  # CIELAB, 1 - overlap, log ratio, image sides, 0/1
+UNITS = np.array([70.0, 0.48, 0.234, 0.129, 0.477])  # CIELAB, 1 - overlap, log ratio, sides, 0 or 1
 WEIGHTS = np.array([1.0, 1.0, 0.4, 0.4, 0.3])     # of the average observer
 PANEL, ASKED = 40, 10  # observers there are, and those asked about a triplet: ten, as for NIGHTS
 
@@ -606,15 +607,19 @@ def main(argv=None):
         raise ValueError(f"{others[0]}: takes only --key=value; --help lists the keys")
     if config.show:
         draw_sheet(config.seed, config.show)
-        return print(f"drew {config.show}")
+        print(f"drew {config.show}")
+        return
     out, start = pathlib.Path(config.out), time.time()
     world = {name: getattr(config, name) for name in
              ("seed", "pairs", "held_out", "triplets", "per_set", "wrong")}
+    # other code draws another world: a changed toy.py is noticed, and so is another seed or size
     world["code"] = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
     if out.exists() and not (out / "world.json").exists():
         raise ValueError(f"out={out}: holds something that is not a toy world; name a new folder")
     if out.exists() and not config.force and json.loads((out / "world.json").read_text()) == world:
-        return print(f"{out} is complete (seed {config.seed}); --force=True draws it again")
+        print(f"{out} is complete (seed {config.seed}); --force=True draws it again")
+        return
+    # drawn beside its place and renamed when whole, so that no reader ever meets half a world
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
