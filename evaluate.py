@@ -24,12 +24,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import load_config, run_main
+
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
 
-from configs import load_config, run_main
 from data import benchmarks, results
 from data.images import BadImage, decode, eval_image, normalise
 from data.neighbours import Pool, draw_rows

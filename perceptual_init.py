@@ -16,10 +16,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
+from configs import RunLog, check_resume, load_config, run_main, write_record
+
 import torch
 import torch.nn.functional as F
 
-from configs import RunLog, check_resume, load_config, run_main, write_record
 from data.benchmarks import evaluate_set, find_sets
 from data.images import normalise
 from data.text import Tokenizer

@@ -16,12 +16,13 @@ import resource
 import time
 from dataclasses import dataclass
 
+from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
+                     run_main, stop_on_signals, write_record)
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
-                     run_main, stop_on_signals, write_record)
 from data.benchmarks import Pixels, embed, embed_texts, evaluate_set, find_sets, retrieve
 from data.images import Augmentation, augment_batch
 from data.pairs import BadSamples, BadSteps, HeldOut, PairBatches, Pairs, load_batches
