@@ -24,8 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import load_config, run_main
-
+from configs import load_config, run_main  # before torch, see there
 import numpy as np
 import PIL
 import torch

@@ -16,8 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from configs import RunLog, check_resume, load_config, run_main, write_record
-
+from configs import RunLog, check_resume, load_config, run_main, write_record  # before torch
 import torch
 import torch.nn.functional as F
 

@@ -17,8 +17,7 @@ import time
 from dataclasses import dataclass
 
 from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
-                     run_main, stop_on_signals, write_record)
-
+                     run_main, stop_on_signals, write_record)  # before torch, see there
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
