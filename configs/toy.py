@@ -13,12 +13,12 @@ context_length = 32
 crop = (0.9, 1.0)   # plain CLIP's; no flip, no jitter: captions name sides and colours
 
 batch_size = 128
-max_steps = 1200
+max_steps = 1000
 warmup_steps = 100
 lr = 2e-3
 dtype = "float32"
 compile = False
 workers = 0
 log_every = 20
-save_every = 400
-keep_at = [128 * step for step in (75, 150, 300, 600)]
+save_every = 250
+keep_at = [128 * step for step in (60, 125, 250, 500)]
