@@ -216,7 +216,8 @@ def process(argv, *, code=None, world=1):
     command = [sys.executable, "-c", code] if code else [sys.executable, "pretrain.py"]
     started = []
     for rank in range(world):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                            "PYTHONFAULTHANDLER": "1", "GLOO_SOCKET_IFNAME": "lo"}
         if world > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -239,8 +240,10 @@ def finish(started, limit=120):
             time.sleep(0.5)
             [p.kill() for p in started if p.poll() is None]
         time.sleep(0.05)
-    assert all(p.poll() is not None for p in started), "a rank hangs"
+    hanging = [p.poll() is None for p in started]
+    [p.send_signal(signal.SIGABRT) for p in started if p.poll() is None]  # shows where it waits
     outputs = [p.communicate()[0] for p in started]
+    assert not any(hanging), "\n".join(["a rank hangs", *outputs])
     return [p.returncode for p in started], outputs
 
 
@@ -332,7 +335,8 @@ def test_torchrun_trains_on_two_cpu_ranks(arguments, tmp_path):
     torchrun = pathlib.Path(sys.executable).parent / "torchrun"
     done = subprocess.run([torchrun, "--nproc_per_node=2", f"--master_port={free_port()}",
                            "pretrain.py", *arguments(tmp_path, "--max_steps=2")], timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                          cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     names = read_checkpoint(tmp_path / "ckpt.pt")["weights"]
