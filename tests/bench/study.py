@@ -44,7 +44,7 @@ def train(arm, seed, options):
         start += f"{folder}/stage_1/ckpt.pt"
     steps = (f"--max_steps={options.steps}",) if options.steps else ()
     run("pretrain.py", "configs/toy.py", *common, *steps, f"--out_dir={folder}", start,
-        "--workers=0")
+        "--workers=0")  # a study keeps every core busy with runs
     return f"{folder}/ckpt.pt"
 
 
