@@ -54,9 +54,12 @@ def written_out_gradient(dtype):
     return {name: p.grad for name, p in clip.named_parameters()}, loss.item()
 
 
-def our_gradient(parts, chunk, dtype, exact=True):
+def our_gradient(parts, chunk, dtype, exact=True, compiled=False):
     """accumulate_gradient as the loop calls it, on this rank's share in `parts` micro-batches."""
     clip, images, tokens = tiny(dtype)
+    if compiled:  # traced and differentiated as by inductor, without its minutes of C++
+        clip.vision.compile(backend="aot_eager")
+        clip.text.compile(backend="aot_eager")
     ranks = Ranks()
     local = BATCH // ranks.world
     mine = slice(ranks.rank * local, (ranks.rank + 1) * local)
@@ -95,6 +98,8 @@ def rank_process(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=world)
     results = {case: our_gradient(*case) for case in CASES}
+    if world == 2:
+        results["compiled"] = our_gradient(2, 0, torch.float64, compiled=True)
     results["alone"] = our_gradient(3, 0, torch.float64, exact=False)
     pretrain.GatherRows = GatherWithoutGradient
     results["no gradient"] = our_gradient(1, 0, torch.float64)
@@ -140,6 +145,11 @@ def test_gradient_is_the_one_pass_gradient(of_ranks, world, parts, chunk, dtype)
         assert relative_difference(ours, reference) < 1e-6
         assert ours["logit_scale"].item() == pytest.approx(reference["logit_scale"].item(), rel=1e-6)
     assert loss == pytest.approx(reference_loss, rel=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_compiled_towers_under_ddp_give_the_same_gradient(of_ranks):
+    ours, _ = of_ranks(2)["compiled"]
+    assert largest_relative_difference(ours, written_out_gradient(torch.float64)[0]) < 1e-12
 
 
 @pytest.mark.parametrize("mistake", ["no gradient", "alone"])
@@ -549,6 +559,39 @@ def test_five_steps_without_a_finite_gradient_stop_the_run(arguments, tmp_path):
     assert codes == [2] and "five steps up to 7" in outputs[0]
     weights = read_checkpoint(tmp_path / "run/ckpt.pt")["weights"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def shards_with_bad_images(folder, share):
+    """1,200 drawn pictures of which `share` hold bytes that are no picture, every tenth caption."""
+    import io
+    import numpy as np
+    from PIL import Image
+    from data.shards import write_shards
+    rng, samples = np.random.default_rng(0), []
+    for i in range(1200):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(file, "PNG")
+        data = b"<html>gone</html>" if rng.random() < share else file.getvalue()
+        samples.append((f"{i:04}", "png", data, [f"a red circle {i % 10}"]))
+    write_shards(folder, samples)
+
+
+def test_too_many_bad_images_stop_both_ranks_with_the_reasons(arguments, tmp_path):
+    shards_with_bad_images(tmp_path / "pairs", 0.3)
+    codes, outputs = finish(process(
+        arguments(tmp_path / "run", f"--data={tmp_path}/pairs", "--batch_size=64", "--max_steps=100",
+                  "--save_every=100"), world=2))
+    assert codes == [2, 2] and "more than 1%" in outputs[0] and "x " in outputs[0]
+
+
+def test_a_few_bad_images_are_replaced_counted_and_named(arguments, tmp_path):
+    shards_with_bad_images(tmp_path / "pairs", 0.003)
+    codes, outputs = finish(process(
+        arguments(tmp_path / "run", f"--data={tmp_path}/pairs", "--batch_size=200", "--max_steps=6",
+                  "--save_every=100"), world=2))
+    named = (tmp_path / "run/bad_samples.tsv").read_text().splitlines()
+    counted = read_checkpoint(tmp_path / "run/ckpt.pt")["bad"]
+    assert codes == [0, 0] and len(named) == sum(counted.values()) > 0
 
 
 @pytest.mark.parametrize("extra, words", [
