@@ -21,8 +21,12 @@ from tests.bench import (environment, interleave, make_batch, options, ratio, sp
 from tests.bench.step import OurStep
 
 
-def cases_of(args, ranks, device):
-    """{name: run(mark)}; between two barriers, whose time is the first lap and the last."""
+def measure(args, ranks, device):
+    """({name: [seconds]} of one process, all ranks and the all-reduce alone, its bytes).
+
+    DDP is freed on return. Freed after its group has ended, it may wait for itself forever: its
+    destructor joins a thread of gloo's that waits for Python's lock (torch 2.13, one run in six).
+    """
     config = SIZES[args.model]
     images, tokens = make_batch(config, args.batch, device)
     share = args.batch // ranks.world
@@ -55,7 +59,9 @@ def cases_of(args, ranks, device):
         mark()
         ranks.total(0)
 
-    return {"one": one, "all": all_of_them, "reduce": reduce}, 4 * flat.numel()
+    laps = interleave({"one": one, "all": all_of_them, "reduce": reduce}, args.rounds, device)
+    seconds = {name: [sum(lap[1:-1]) for lap in rounds] for name, rounds in laps.items()}
+    return seconds, 4 * flat.numel()  # without the barriers, first lap and last
 
 
 def main():
@@ -73,9 +79,7 @@ def main():
         sys.stdout = open(os.devnull, "w")
     start(args)
     device = ranks.start()
-    cases, gradient_bytes = cases_of(args, ranks, device)
-    laps = interleave(cases, args.rounds, device)
-    seconds = {name: [sum(lap[1:-1]) for lap in rounds] for name, rounds in laps.items()}
+    seconds, gradient_bytes = measure(args, ranks, device)
     each = "GPU" if args.device == "cuda" else f"{max(args.threads // ranks.world, 1)} threads"
     table((f"{args.model}, global batch {args.batch}, {args.dtype}", "seconds", "times faster"),
           [("one process, " + ("one GPU" if args.device == "cuda" else f"{args.threads} threads"),

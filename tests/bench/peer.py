@@ -6,6 +6,7 @@ torch. Where torchvision is missing or cannot load (a CUDA build beside a CPU to
 open_clip's image transforms use them, no bench does, and they import in no time: to the peer's
 advantage. Everything measured is open_clip's own code.
 """
+import functools
 import importlib.machinery
 import logging
 import math
@@ -43,8 +44,11 @@ def stand_in_for_torchvision():
 
 def load_peer(name="open_clip"):
     """The open_clip module and a line about it; None and what to install where it is missing."""
-    if name != "open_clip":
-        return None, "no peer asked for"
+    return import_open_clip() if name == "open_clip" else (None, "ours alone: no peer asked for")
+
+
+@functools.cache
+def import_open_clip():
     try:
         import torchvision
         how = f"torchvision {torchvision.__version__}"
@@ -75,8 +79,9 @@ def peer_clip(open_clip, config):
 class PeerStep:
     """open_clip's update as its own trainer does it: ClipLoss under autocast, AdamW, clamp."""
 
-    def __init__(self, open_clip, config, device, dtype):
+    def __init__(self, open_clip, config, device, dtype, compiled=False):
         self.clip = peer_clip(open_clip, config).to(device).train()
+        self.model = torch.compile(self.clip) if compiled else self.clip  # its --torchcompile
         self.device, self.bf16 = device, dtype == "bfloat16"
         self.loss = open_clip.ClipLoss()
         plain, decayed = [], []  # its rule: no decay on gains, biases and the temperature
@@ -92,7 +97,7 @@ class PeerStep:
         tokens = tokens.to(self.device)
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            image_emb, text_emb, scale = self.clip(images, tokens)  # (B, E), (B, E), ()
+            image_emb, text_emb, scale = self.model(images, tokens)  # (B, E), (B, E), ()
             mark()
             loss = self.loss(image_emb, text_emb, scale)
         loss.backward()

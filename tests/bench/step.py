@@ -6,9 +6,9 @@
 Images and captions are random, caption lengths are not: see caption_lengths. Ours is the step of
 pretrain.py (clipping included, which open_clip leaves out by default), the peer's that of its own
 trainer. "plain" is ours with every trick off; each is then switched on alone, and all together.
-Utilisation counts the nominal work of a pair, 77 text tokens, against a large matrix product of
-the same dtype measured in the same rounds. Peak memory: of a fresh process on CPU (resident), of
-the allocator on a GPU.
+--compile adds both, compiled. "of peak" is the nominal work of a pair, 77 text tokens, against a
+large matrix product of the same dtype measured in the same rounds. Peak memory is that of a fresh
+process per case: resident on CPU, of the allocator on a GPU.
 """
 import contextlib
 import json
@@ -27,7 +27,7 @@ from tests.bench import (caption_lengths, fresh, interleave, make_batch, options
                          start, table, totals)
 from tests.bench.peer import PeerStep, load_peer
 
-TRICKS = {  # DESIGN.md 7
+TRICKS = {  # what README calls the tricks
     "text chunks": "captions sorted, cut in chunks; otherwise all 77 tokens",
     "class token only": "last vision block computes one query an image",
     "end token only": "last text block computes one query a caption",
@@ -84,6 +84,11 @@ def only(on):
     return stack
 
 
+def eager():
+    """A context in which what is compiled runs as if it were not."""
+    return torch.compiler.set_stance("force_eager")
+
+
 # ------------------------------------------------------------------------------------- the step
 
 class OurStep:
@@ -133,21 +138,31 @@ def peak_product(device, dtype, quick):
 def our_cases(args, config, device, images, tokens):
     """{name: run(mark)} of ours: plain, each trick alone, all together, all compiled."""
     ours = OurStep(config, device, args.dtype, args.compile)
-    everything = set(TRICKS)
 
     def run(on):
         def case(mark):
-            with only(on), torch.compiler.set_stance("force_eager"):
+            with only(on), eager():
                 ours(images, tokens, mark, "fused AdamW" in on)
         return case
 
     cases = {"plain": run(set())}
     if not args.totals:
         cases |= {f"+ {name}": run({name}) for name in TRICKS}
-    cases["all"] = run(everything)
+    cases["all"] = run(set(TRICKS))
     if args.compile:
         cases["all, compiled"] = lambda mark: ours(images, tokens, mark)
     return cases
+
+
+def peer_cases(args, config, device, images, tokens):
+    """{name: run(mark)} of open_clip, and of open_clip compiled."""
+    peer = PeerStep(load_peer()[0], config, device, args.dtype, args.compile)
+
+    def case(mark):
+        with eager():
+            peer(images, tokens, mark)
+    compiled = {"open_clip, compiled": lambda mark: peer(images, tokens, mark)}
+    return {"open_clip": case} | (compiled if args.compile else {})
 
 
 def alone(args, name):
@@ -159,12 +174,9 @@ def alone(args, name):
 
 def measure_alone(args, device, config, images, tokens):
     """The child of `alone`: two steps, for AdamW's moments come with the first."""
-    if args.alone == "open_clip":
-        step = PeerStep(load_peer()[0], config, device, args.dtype)
-        cases = {"open_clip": lambda mark: step(images, tokens)}
-    else:
-        args.totals = True
-        cases = our_cases(args, config, device, images, tokens)
+    args.totals = True
+    make = peer_cases if args.alone.startswith("open_clip") else our_cases
+    cases = make(args, config, device, images, tokens)
     laps = interleave({args.alone: cases[args.alone]}, 1, device)
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -188,15 +200,18 @@ def main():
           f"{lengths.float().mean():.1f}, median {lengths.median()}, longest {lengths.max()} of "
           f"{config.context_length}")
 
-    # ---- the cases, all in the same rounds
-    cases = our_cases(args, config, device, images, tokens)
+    # ---- memory, each case in its own process; then all cases in the same rounds
     open_clip, note = load_peer(args.peer)
-    print(note)
+    print(note, flush=True)
+    whole = ["plain", "all"] + ["all, compiled"] * args.compile
     if open_clip:
-        peer = PeerStep(open_clip, config, device, args.dtype)
-        cases["open_clip"] = lambda mark: peer(images, tokens, mark)
+        whole += ["open_clip"] + ["open_clip, compiled"] * args.compile
+    gib = {name: f"{alone(args, name)['bytes'] / 2**30:.2f}" for name in whole}
+    cases = our_cases(args, config, device, images, tokens)
+    if open_clip:
+        cases |= peer_cases(args, config, device, images, tokens)
     cases["product"], operations = peak_product(device, getattr(torch, args.dtype), args.quick)
-    laps = interleave(cases, args.rounds, device, warmup=0 if args.quick else 1 + args.compile)
+    laps = interleave(cases, args.rounds, device, warmup=1 + args.compile)
     peak = operations / statistics.median(totals(laps.pop("product")))
 
     # ---- the table
@@ -206,10 +221,10 @@ def main():
         seconds = totals(rounds)
         parts = [f"{statistics.median(part) * 1e3:,.0f}" for part in zip(*rounds)]
         rate = args.batch / statistics.median(seconds)
-        gib = "" if name.startswith("+") else f"{alone(args, name)['bytes'] / 2**30:.2f}"
         rows.append([name, spread(seconds, "ms"), *parts, f"{rate:,.1f}", ratio(plain, seconds),
                      ratio(against, seconds) if against else "-",
-                     f"{rate * model.flops_per_pair(config) / peak:.0%}", gib])
+                     f"{rate * model.flops_per_pair(config) / peak:.0%}",
+                     gib.get(name, "")])
     print(f"matrix product peak: {peak / 1e9:,.0f} GFLOP/s; nominal work of a pair: "
           f"{model.flops_per_pair(config) / 1e9:.1f} GFLOP")
     table([f"{args.model}, batch {args.batch}, {args.dtype}", "step", "forward", "backward",
