@@ -386,13 +386,13 @@ def main(argv=None):
             save(name, clip, optimizer, step, bad, pairs.fingerprint, config)
         if config.profile:
             profiler.step()
-
     # ---- 7. the summary
     seconds, done = time.time() - started, (step - first_step) * config.batch_size
     memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss
     log.say(f"step {step:,} of {total_steps:,}, {step * config.batch_size:,} samples; replaced: "
             f"{', '.join(f'{n} {why}' for why, n in bad.items()) or 'none'}; {clock(seconds)}, "
             f"{done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")
+    model = None  # DDP, freed after its group, can wait forever for a thread of gloo's (torch 2.13)
     ranks.stop()
 
 
