@@ -6,18 +6,26 @@
 Arms: the baseline; PI; PI with permuted votes; PI on 10 % and 50 % of the judgements; and the
 judgements after pretraining instead of before. A seed fixes batches, augmentation and the text tower
 for all arms of that seed. Every run goes on where it was interrupted; a finished one is not repeated.
-Writes OUT/eval (comparison.md, comparison.json: means, standard deviations and intervals over seeds)
-and OUT/curve_<seed> (scaling.json and .png from the milestones). The toy has to be drawn before.
+Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds), scaling.json
+and .png (the milestones of all runs), stage_1.md (2AFC of each arm's tower). The toy has to be drawn
+before.
 """
 import argparse
+import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data.results import table, write_text
 
 STAGE_1 = {"pi": "toy_nights", "shuffled": "toy_nights_shuffled", "pi_10pct": "toy_nights_10pct",
            "pi_50pct": "toy_nights_50pct"}
 ARMS = ("baseline", *STAGE_1, "posthoc")
+SETS = ("--benchmarks=data/toy/benchmarks", "--nights=data/toy/nights")
 
 
 def run(*command):
@@ -30,13 +38,13 @@ def run(*command):
 
 
 def train(arm, seed, options):
-    """All stages of one arm and seed; returns its final checkpoint."""
+    """All stages of one arm and seed; returns its folder."""
     folder = f"{options.out}/{arm}_{seed}"
     common = (f"--seed={seed}", "--resume=True")
     if arm == "posthoc":  # starts from this seed's finished baseline
         run("perceptual_init.py", "configs/toy_posthoc.py", *common, f"--out_dir={folder}",
             f"--init={options.out}/baseline_{seed}/ckpt.pt", "--benchmarks=")
-        return f"{folder}/ckpt.pt"
+        return folder
     start = "--init_vision="
     if arm in STAGE_1:
         run("perceptual_init.py", f"configs/{STAGE_1[arm]}.py", *common,
@@ -45,7 +53,31 @@ def train(arm, seed, options):
     steps = (f"--max_steps={options.steps}",) if options.steps else ()
     run("pretrain.py", "configs/toy.py", *common, *steps, f"--out_dir={folder}", start,
         "--workers=0")  # a study keeps every core busy with runs
-    return f"{folder}/ckpt.pt"
+    return folder
+
+
+def judge(arm, seed, options):
+    """Train, then evaluate all milestones; the result files go where evaluate.py finds them."""
+    folder = train(arm, seed, options)
+    run("evaluate.py", folder, *SETS, "--workers=0", f"--out={folder}/eval")
+    for file in Path(folder, "eval").glob(f"{arm}_{seed}*"):
+        shutil.copy(file, f"{options.out}/eval")
+    return folder
+
+
+def stage_1_table(arms, seeds, out):
+    """Mean and deviation over seeds of 2AFC, before and after each arm's judgements."""
+    rows = []
+    for arm in arms:
+        logs = [Path(f"{out}/{arm}_{seed}", "stage_1" if arm in STAGE_1 else ".", "log.jsonl")
+                for seed in range(seeds)]
+        records = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+        rows.append([arm])
+        for split in ("val", "test"):
+            for when in (0, -1):
+                scores = [100 * seed[when][f"{split}_2afc"] for seed in records]
+                rows[-1].append(f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}")
+    return table(["2AFC, %", "val before", "val after", "test before", "test after"], rows)
 
 
 def main():
@@ -56,19 +88,20 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", default="out/study")
     options = parser.parse_args()
-    arms, files = options.arms.split(","), {}
+    arms, folders = options.arms.split(","), {}
+    os.makedirs(f"{options.out}/eval", exist_ok=True)
     with ThreadPoolExecutor(options.processes) as pool:  # seed by seed, so that a part is useful
         for after in (False, True):  # the post-hoc arm waits for its baselines
-            jobs = {(arm, seed): pool.submit(train, arm, seed, options)
+            jobs = {(arm, seed): pool.submit(judge, arm, seed, options)
                     for seed in range(options.seeds) for arm in arms if (arm == "posthoc") == after}
-            files |= {key: job.result() for key, job in jobs.items()}
-    where = ("--benchmarks=data/toy/benchmarks", "--nights=data/toy/nights")
-    run("evaluate.py", *(f"{arm}=" + ",".join(files[arm, seed] for seed in range(options.seeds))
-                         for arm in arms), *where, f"--out={options.out}/eval")
-    for seed in range(options.seeds):
-        folders = [os.path.dirname(files[arm, seed]) for arm in arms if arm != "posthoc"]
-        run("evaluate.py", *folders, *where, f"--out={options.out}/curve_{seed}")
-    print(open(f"{options.out}/eval/comparison.md").read())
+            folders |= {key: job.result() for key, job in jobs.items()}
+    run("evaluate.py", *(f"{arm}=" + ",".join(folders[arm, seed] for seed in range(options.seeds))
+                         for arm in arms), *SETS, f"--out={options.out}/eval")
+    judged = [arm for arm in arms if arm != "baseline"]
+    write_text(f"{options.out}/eval/stage_1.md",
+               stage_1_table(judged, options.seeds, options.out) + "\n")
+    for name in ("stage_1.md", "comparison.md"):
+        print(Path(options.out, "eval", name).read_text())
 
 
 if __name__ == "__main__":
