@@ -65,10 +65,16 @@ def linear(d_in, d_out, std, bias=True):
 
 def attend(qkv, spans, heads, causal):
     """Attention within each sequence of a flat matrix (see Block): qkv (T, 3D) -> (T, D)."""
-    mixed = []
+    mixed, fused = [], qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16
     for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
         q, k, v = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
+        if fused:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
+        else:  # written out: on a CPU the fused kernel's bf16 backward takes 4 times as long
+            scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (count, H, length, length)
+            if causal:
+                scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+            y = scores.softmax(-1) @ v
         mixed.append(y.transpose(1, 2).reshape(count * length, -1))  # (count * length, D)
     return torch.cat(mixed)
 
@@ -118,9 +124,8 @@ class Block(nn.Module):
         for q, kv, end, (count, length) in parts:
             q = q.view(count, 1, self.heads, -1).transpose(1, 2)  # (count, H, 1, d)
             k, v = kv.view(count, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            mask = None
-            if end is not None:  # (count, 1, 1, length)
-                mask = (torch.arange(length, device=x.device) <= end[:, None])[:, None, None]
+            mask = None if end is None else (  # (count, 1, 1, length)
+                torch.arange(length, device=x.device) <= end[:, None, None, None])
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (count, H, 1, d)
             mixed.append(y.reshape(count, width))  # (count, D)
         return self.mlp(x.index_select(0, rows) + self.out(torch.cat(mixed)))  # (B, D)
@@ -134,11 +139,9 @@ class Block(nn.Module):
 def run_blocks(tower, x, spans, rows, ends=None):
     """x (T, D) through all blocks -> the tokens at `rows` (B, D); `ends` as in Block.read."""
     causal = ends is not None
-    for block in tower.blocks[:-1]:
-        if tower.recompute:  # keep x only: the backward pass computes the block a second time
-            x = checkpoint(block, x, spans, causal, use_reentrant=False)
-        else:
-            x = block(x, spans, causal)
+    for block in tower.blocks[:-1]:  # recompute: keep x only, the backward pass runs it again
+        x = (checkpoint(block, x, spans, causal, use_reentrant=False) if tower.recompute
+             else block(x, spans, causal))
     return tower.blocks[-1].read(x, spans, rows, ends)
 
 
@@ -210,8 +213,7 @@ class TextTower(nn.Module):
         of K groups hold (i/K)^2 of the captions, for at the long end lengths differ most:
         captions of 17 tokens in the mean then cost about 20 each, not 77.
         """
-        device = self.position_embedding.device
-        tokens = tokens.cpu()
+        device, tokens = self.position_embedding.device, tokens.cpu()
         ends, order = tokens.argmax(1).sort()
         parts = [1 - (i / TEXT_GROUPS) ** 2 for i in range(TEXT_GROUPS + 1)]
         cuts = sorted({round(len(tokens) * part) for part in parts})  # fewer if the batch is small
@@ -237,8 +239,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary, self.info = None, {}  # text of the .tiktoken file; origin of the weights
-        self.text = TextTower(config)
-        self.vision = VisionTower(config)
+        self.text, self.vision = TextTower(config), VisionTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images):
@@ -298,8 +299,7 @@ def peak_flops(device_name):
 
 def write_checkpoint(path, content):
     """Writes a file that, whenever we are stopped, is the old one or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)

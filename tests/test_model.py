@@ -175,6 +175,22 @@ def test_captions_do_not_depend_on_their_order():
                                rtol=0, atol=1e-6)  # sums in groups of other sizes
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_written_out_for_bf16_is_the_fused_kernels(causal):
+    """In bf16 on a CPU it stands as matrix products; result and gradient are those of fp32."""
+    spans, heads = ((3, 5), (2, 9)), 4
+    draw = torch.Generator().manual_seed(0)
+    qkv = torch.randn(33, 3 * 32, generator=draw).bfloat16().requires_grad_()   # (T, 3D)
+    exact = qkv.detach().float().requires_grad_()
+    grad = torch.randn(33, 32, generator=draw)                                  # (T, D)
+    ours, fused = (model.attend(x, spans, heads, causal) for x in (qkv, exact))
+    ours.backward(grad.bfloat16())
+    fused.backward(grad)
+    assert ours.dtype == torch.bfloat16
+    for found, wanted in ((ours, fused), (qkv.grad, exact.grad)):  # bf16 keeps 8 bits
+        torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+
+
 def test_captions_of_17_tokens_cost_about_20():
     """Lengths as of web captions: log-normal, mean 17, some as long as 77."""
     draw = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import pretrain
 from data import ranks as ranks_module
 from data.ranks import Ranks
-from model import CLIP, SIZES, read_checkpoint
+from model import CLIP, SIZES, load_clip, read_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = dataclasses.replace(SIZES["toy"], image_size=16, embed_dim=16, vision_width=16, text_width=16,
@@ -444,6 +445,111 @@ def test_temperature_above_the_cap_comes_back(arguments, tmp_path, monkeypatch):
 def test_last_logged_rate_is_the_minimum(arguments, tmp_path):
     here(arguments(tmp_path, "--min_lr=1e-5"))
     assert trace(tmp_path)[-1][3] == pytest.approx(1e-5)
+
+
+def test_table_of_decay_groups_is_printed_once(arguments, tmp_path, capsys):
+    here(arguments(tmp_path, "--max_steps=3"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "weight decay" in line]
+    assert [line.split(":")[0] for line in lines] == ["weight decay 0.1", "weight decay 0.0"]
+
+
+# ------------------------------------------------------------------------------ looks, logs, trace
+
+
+@pytest.fixture(scope="module")
+def watched(arguments, toy_world, tmp_path_factory):
+    """(records of the log, checkpoint) of twelve steps that look at unseen sets every six."""
+    folder = tmp_path_factory.mktemp("watched")
+    here(arguments(folder, f"--held_out={toy_world}/pairs/held_out", "--eval_every=6",
+                   f"--benchmarks={toy_world}/benchmarks"))
+    with open(folder / "log.jsonl") as file:
+        return [json.loads(line) for line in file], folder / "ckpt.pt"
+
+
+def held_out_embeddings(clip, folder):
+    """Unit embeddings (n, E), (n, E) of held-out pairs, one at a time."""
+    from data.images import eval_image, normalise
+    from data.pairs import HeldOut
+    from data.text import Tokenizer
+    pairs, words = HeldOut(folder), Tokenizer(clip.vocabulary)
+    images = [clip.encode_image(normalise(eval_image(pairs.image(i), 32)[None]))
+              for i in range(len(pairs))]
+    return torch.cat(images), torch.cat([clip.encode_text(words(caption, 32))
+                                         for caption in pairs.captions])
+
+
+def test_looks_come_every_so_many_steps_and_at_the_end(watched):
+    assert [record["step"] for record in watched[0] if "val_loss" in record] == [6, 12]
+
+
+@torch.no_grad()
+def test_held_out_figures_are_those_of_the_checkpoint(watched, toy_world):
+    clip = load_clip(watched[1])
+    images, texts = held_out_embeddings(clip, toy_world / "pairs/held_out")
+    logits, labels = clip.logit_scale.exp() * images @ texts.T, torch.arange(53)  # (n, n)
+    loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    assert watched[0][-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for side, scores in (("image", logits.T), ("text", logits)):
+        right = (scores.argmax(1) == labels).float().mean().item()
+        assert watched[0][-1][f"val_{side}_retrieval_recall@1"] == pytest.approx(right)
+
+
+def test_watched_benchmarks_are_those_of_evaluate(watched, toy_world):
+    from data.benchmarks import evaluate_set, find_sets
+    from data.text import Tokenizer
+    clip, sets = load_clip(watched[1]), find_sets(toy_world / "benchmarks")
+    assert {f"zero_shot/{name}" for name in sets} <= watched[0][-1].keys()
+    result = evaluate_set(clip, Tokenizer(clip.vocabulary), sets["toy_shape"])
+    assert watched[0][-1]["zero_shot/toy_shape"] == result["metrics"]["acc1"]
+
+
+def look_in_process(rank, checkpoint, world):
+    """One of two ranks looks; rank 0 leaves the record beside the checkpoint."""
+    from data.pairs import HeldOut
+    from data.text import Tokenizer
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{checkpoint}.store", rank=rank,
+                            world_size=2)
+    clip = load_clip(checkpoint)
+    config = pretrain.Config(image_size=32, dtype="float32", batch_size=16,
+                             benchmarks=f"{world}/benchmarks")
+    record = pretrain.look(clip, Tokenizer(clip.vocabulary), HeldOut(f"{world}/pairs/held_out"), 12,
+                           config, Ranks())
+    if rank == 0:
+        pathlib.Path(f"{checkpoint}.json").write_text(json.dumps(record))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_see_the_same_figures_as_one(watched, toy_world):
+    torch.multiprocessing.spawn(look_in_process, (str(watched[1]), str(toy_world)), nprocs=2)
+    record = json.loads(pathlib.Path(f"{watched[1]}.json").read_text())
+    assert record == watched[0][-1]
+
+
+def test_profile_leaves_a_trace_of_five_steps(arguments, tmp_path):
+    here(arguments(tmp_path, "--profile=True", "--max_steps=8"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 5
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"),
+                                          ("wandb", "wandb")])
+def test_missing_log_package_is_one_line_with_its_cure(arguments, tmp_path, monkeypatch, name,
+                                                       module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"pip install {name}$"):
+        here(arguments(tmp_path, f"--log_to={name}", "--max_steps=1"))
+
+
+def test_wandb_is_sent_what_the_log_holds(arguments, tmp_path, monkeypatch):
+    sent = []
+    wandb = types.SimpleNamespace(init=lambda **_: None,
+                                  log=lambda record, step: sent.append((step, record)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    here(arguments(tmp_path, "--log_to=wandb", "--max_steps=2"))
+    with open(tmp_path / "log.jsonl") as file:
+        assert sent == [(record["step"], record) for record in map(json.loads, file)]
 
 
 # ---------------------------------------------------------------------- perceptual initialization

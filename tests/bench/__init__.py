@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 
+import configs  # before torch: the environment that the scripts run in, peers too
 import torch
 
 from model import SIZES

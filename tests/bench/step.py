@@ -33,6 +33,7 @@ TRICKS = {  # what README calls the tricks
     "end token only": "last text block computes one query a caption",
     "fused AdamW": "one kernel; otherwise torch's default",
     "patchify": "reshape and matrix product; otherwise a convolution",
+    "attention": "matrix products where they are faster (bf16 on a CPU); otherwise torch's kernel",
 }
 ALONE = types.SimpleNamespace(rank=0, world=1)  # a data.ranks.Ranks without other ranks
 
@@ -67,6 +68,16 @@ def forward_convolved(tower, images):
     return tower.projection(tower.ln_post(x))                               # (B, E)
 
 
+def attend_fused(qkv, spans, heads, causal):
+    """model.attend by torch's fused kernel, whatever the device and the precision."""
+    mixed = []
+    for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
+        q, k, v = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
+        mixed.append(y.transpose(1, 2).reshape(count * length, -1))
+    return torch.cat(mixed)                                             # (T, D)
+
+
 def only(on):
     """A context in which model.py computes with the tricks named in `on` and no other."""
     read = model.Block.read
@@ -79,6 +90,9 @@ def only(on):
     stack.enter_context(mock.patch.object(model.Block, "read", read_some))
     if "text chunks" not in on:
         stack.enter_context(mock.patch.object(model.TextTower, "without_padding", padded))
+    if "attention" not in on:
+        for name in ("attend", "attend_ragged"):
+            stack.enter_context(mock.patch.object(model, name, attend_fused))
     if "patchify" not in on:
         stack.enter_context(mock.patch.object(model.VisionTower, "forward", forward_convolved))
     return stack
