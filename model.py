@@ -79,9 +79,6 @@ def attend(qkv, spans, heads, causal):
     return torch.cat(mixed)
 
 
-attend_ragged = torch.compiler.disable(attend)  # lengths change with every batch, graphs do not
-
-
 class Block(nn.Module):
     """Pre-norm transformer block on a flat matrix of tokens x (T, D).
 
@@ -90,6 +87,7 @@ class Block(nn.Module):
     Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to PyTorch's
     defaults; like Hugging Face we treat both alike. The patch embedding keeps the default.
     """
+    attention = staticmethod(attend)
 
     def __init__(self, width, layers, heads, quick_gelu):
         super().__init__()
@@ -104,9 +102,8 @@ class Block(nn.Module):
 
     def forward(self, x, spans, causal):
         """x (T, D) -> (T, D). Only text is causal, and only text is ragged."""
-        attention = attend_ragged if causal else attend
         qkv = self.qkv(self.ln_1(x))  # (T, 3D)
-        return self.mlp(x + self.out(attention(qkv, spans, self.heads, causal)))
+        return self.mlp(x + self.out(self.attention(qkv, spans, self.heads, causal)))
 
     def read(self, x, spans, rows, ends=None):
         """The same for one token a sequence: x (T, D), rows (B,) of x -> (B, D).
@@ -200,8 +197,9 @@ class TextTower(nn.Module):
         return self.projection(self.ln_final(x))  # (B, E)
 
     def compile(self, **options):
-        """Compiles the blocks in place, for any T; they share one graph."""
-        for block in self.blocks:
+        """Compiles the blocks in place, for any T; they share one graph, attention outside it."""
+        for block in self.blocks:  # lengths change with every batch, graphs do not
+            block.attention = torch.compiler.disable(attend)
             block.compile(dynamic=True, **options)
 
     def without_padding(self, tokens):

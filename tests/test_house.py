@@ -70,6 +70,14 @@ def test_scripts_do_not_import_each_other():
         assert not imports(path) & scripts, path
 
 
+@pytest.mark.parametrize("name", ["perceptual_init", "pretrain", "evaluate"])
+def test_importing_a_script_leaves_the_compiler_alone(name):
+    """torch._dynamo takes as long to import as all of torch; only compiled runs need it."""
+    code = f"import sys, {name}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
+
+
 def test_data_does_not_import_the_model_and_the_model_imports_torch_only():
     for path in (ROOT / "data").glob("*.py"):
         assert "model" not in imports(path), path

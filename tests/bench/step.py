@@ -91,8 +91,7 @@ def only(on):
     if "text chunks" not in on:
         stack.enter_context(mock.patch.object(model.TextTower, "without_padding", padded))
     if "attention" not in on:
-        for name in ("attend", "attend_ragged"):
-            stack.enter_context(mock.patch.object(model, name, attend_fused))
+        stack.enter_context(mock.patch.object(model.Block, "attention", staticmethod(attend_fused)))
     if "patchify" not in on:
         stack.enter_context(mock.patch.object(model.VisionTower, "forward", forward_convolved))
     return stack
