@@ -7,8 +7,8 @@ Arms: the baseline; PI; PI with permuted votes; PI on 10 % and 50 % of the judge
 judgements after pretraining instead of before. A seed fixes batches, augmentation and the text tower
 for all arms of that seed. Every run goes on where it was interrupted; a finished one is not repeated.
 Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds), scaling.json
-and .png (the milestones of all runs), stage_1.md (2AFC of each arm's tower). The toy has to be drawn
-before.
+and .png (the milestones of all runs), curves.png (three of its means, for the README), stage_1.md
+(2AFC of each arm's tower). The toy has to be drawn before.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data.results import table, write_text
+from data.results import draw_scaling, table, write_text
 
 STAGE_1 = {"pi": "toy_nights", "shuffled": "toy_nights_shuffled", "pi_10pct": "toy_nights_10pct",
            "pi_50pct": "toy_nights_50pct"}
@@ -80,6 +80,17 @@ def stage_1_table(arms, seeds, out):
     return table(["2AFC, %", "val before", "val after", "test before", "test after"], rows)
 
 
+def draw_curves(folder):
+    """curves.png: three means of scaling.json against samples seen, without their fits."""
+    scaling = json.loads(Path(folder, "scaling.json").read_text())
+    chosen = {group: {arm: curve | {"fit": None} for arm, curve in scaling["curves"][group].items()}
+              for group in ("mean of all classification", "mean of retrieval", "mean of nights")}
+    try:
+        draw_scaling(scaling | {"curves": chosen}, f"{folder}/curves.png")
+    except ImportError:
+        print("no curves.png: it needs matplotlib (pip install matplotlib)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -100,6 +111,7 @@ def main():
     judged = [arm for arm in arms if arm != "baseline"]
     write_text(f"{options.out}/eval/stage_1.md",
                stage_1_table(judged, options.seeds, options.out) + "\n")
+    draw_curves(f"{options.out}/eval")
     for name in ("stage_1.md", "comparison.md"):
         print(Path(options.out, "eval", name).read_text())
 
