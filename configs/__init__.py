@@ -252,6 +252,7 @@ def check_ranges(config, positive=(), not_negative=(), **choices):
 
 # What a line of the terminal shows, in this order; log.jsonl keeps every figure unrounded.
 _SHOWN = {"loss": "loss {:.4f}", "chance_loss": "(ln B {:.3f})", "val_loss": "val loss {:.4f}",
+          "val_mean_recall@1": "val R@1 {:.3f}",
           "lr": "lr {:.2e}", "scale": "scale {:.1f}", "grad_norm": "|g| {:.2f}",
           "accuracy": "acc {:.3f}", "2afc": "2AFC {:.3f}", "val_2afc": "val 2AFC {:.3f}",
           "pairs_per_s": "{:.0f} pairs/s", "triplets_per_s": "{:.0f} triplets/s",
