@@ -1,11 +1,13 @@
 """The study: every arm on the toy world, several seeds each, alike in everything else.
 
-    python -m tests.bench.study                 # 5 seeds, all arms, 2 runs at a time
+    python -m tests.bench.study                 # 5 seeds, all arms, as many runs at once as cores
     python -m tests.bench.study --seeds=2 --steps=300 --out=out/study_quick
 
 Arms: the baseline; PI; PI with permuted votes; PI on 10 % and 50 % of the judgements; and the
-judgements after pretraining instead of before. A seed fixes batches, augmentation and the text tower
-for all arms of that seed. Every run goes on where it was interrupted; a finished one is not repeated.
+judgements after pretraining instead of before, at the rate of the toy's stage 1 (posthoc) and at a
+fiftieth of it, as the paper's group has it for NIGHTS (posthoc_slow). A seed fixes batches,
+augmentation and the text tower for all arms of that seed. Every run goes on where it was
+interrupted; a finished one is not repeated.
 Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds), scaling.json
 and .png (the milestones of all runs), curves.png (three of its means, for the README), stage_1.md
 (2AFC of each arm's tower). The toy has to be drawn before.
@@ -24,7 +26,8 @@ from data.results import draw_scaling, table, write_text
 
 STAGE_1 = {"pi": "toy_nights", "shuffled": "toy_nights_shuffled", "pi_10pct": "toy_nights_10pct",
            "pi_50pct": "toy_nights_50pct"}
-ARMS = ("baseline", *STAGE_1, "posthoc")
+POSTHOC = {"posthoc": (), "posthoc_slow": ("--lr=2e-5",)}
+ARMS = ("baseline", *STAGE_1, *POSTHOC)
 SETS = ("--benchmarks=data/toy/benchmarks", "--nights=data/toy/nights")
 
 
@@ -41,9 +44,9 @@ def train(arm, seed, options):
     """All stages of one arm and seed; returns its folder."""
     folder = f"{options.out}/{arm}_{seed}"
     common = (f"--seed={seed}", "--resume=True")
-    if arm == "posthoc":  # starts from this seed's finished baseline
+    if arm in POSTHOC:  # starts from this seed's finished baseline
         run("perceptual_init.py", "configs/toy_posthoc.py", *common, f"--out_dir={folder}",
-            f"--init={options.out}/baseline_{seed}/ckpt.pt", "--benchmarks=")
+            f"--init={options.out}/baseline_{seed}/ckpt.pt", "--benchmarks=", *POSTHOC[arm])
         return folder
     start = "--init_vision="
     if arm in STAGE_1:
@@ -102,9 +105,9 @@ def main():
     arms, folders = options.arms.split(","), {}
     os.makedirs(f"{options.out}/eval", exist_ok=True)
     with ThreadPoolExecutor(options.processes) as pool:  # seed by seed, so that a part is useful
-        for after in (False, True):  # the post-hoc arm waits for its baselines
+        for after in (False, True):  # the post-hoc arms wait for their baselines
             jobs = {(arm, seed): pool.submit(judge, arm, seed, options)
-                    for seed in range(options.seeds) for arm in arms if (arm == "posthoc") == after}
+                    for seed in range(options.seeds) for arm in arms if (arm in POSTHOC) == after}
             folders |= {key: job.result() for key, job in jobs.items()}
     run("evaluate.py", *(f"{arm}=" + ",".join(folders[arm, seed] for seed in range(options.seeds))
                          for arm in arms), *SETS, f"--out={options.out}/eval")
