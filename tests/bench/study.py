@@ -8,9 +8,10 @@ judgements after pretraining instead of before, at the rate of the toy's stage 1
 fiftieth of it, as the paper's group has it for NIGHTS (posthoc_slow). A seed fixes batches,
 augmentation and the text tower for all arms of that seed. Every run goes on where it was
 interrupted; a finished one is not repeated.
-Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds), scaling.json
-and .png (the milestones of all runs), curves.png (three of its means, for the README), stage_1.md
-(2AFC of each arm's tower). The toy has to be drawn before.
+
+Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds),
+scaling.json and .png (the milestones of all runs), curves.png (three of its means, for the README),
+stage_1.md (2AFC of each arm's tower). The toy has to be drawn before.
 """
 import argparse
 import json
