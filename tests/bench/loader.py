@@ -5,16 +5,19 @@
 
 Self-drawn JPEGs, short side 256, quality 90, in one tar shard; crops of 224; both augmentations.
 The usual route is what torchvision does with Pillow images, written out with Pillow alone: crop,
-resize, jitter, grey, blur, flip, float, normalise, all on the host, one image after the other. Ours
-is `Pairs`: the shard is read, the image decoded, cropped and resized to uint8, the caption's ids
-laid out; flip, jitter, grey, blur and normalise are the device part, its cost beside it. On a CPU
-that part is no gain, on a GPU it is: --device=cuda measures it.
+resize, jitter, grey, blur, flip, float, normalise, all on the host, one image after the other. It
+reads its images as ours does, by pread; where webdataset is installed (pip install webdataset) the
+same transforms are also fed by it, in one process. Ours is `Pairs`: the shard is read, the image
+decoded, cropped and resized to uint8, the caption's ids laid out; flip, jitter, grey, blur and
+normalise are the device part, its cost beside it. On a CPU that part is no gain, on a GPU it is:
+--device=cuda measures it.
 """
 import io
 import math
 import os
 import random
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,8 +75,11 @@ class UsualRoute(Dataset):
 
     def transform(self, data):
         """Bytes -> float (3, 224, 224)."""
+        return self.of_image(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def of_image(self, image):
+        """Pillow RGB -> float (3, 224, 224)."""
         used = self.augmentation
-        image = Image.open(io.BytesIO(data)).convert("RGB")
         image = resized_crop(image, used.crop, used.ratio)
         if random.random() < used.jitter_p:
             image = colour_jitter(image, used.jitter)
@@ -114,6 +120,21 @@ def colour_jitter(image, reaches):
     return image
 
 
+def webdataset_pass(folder, transform, batch_size):
+    """A case: one pass of webdataset over the shards, decoded by it; None without the package."""
+    try:
+        import webdataset
+    except ImportError:
+        return None
+
+    def run(mark):
+        shards = sorted(map(str, Path(folder).glob("*.tar")))
+        samples = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb")
+        for _ in samples.to_tuple("jpg", "txt").map_tuple(transform, str).batched(batch_size):
+            pass
+    return run
+
+
 # ---------------------------------------------------------------- measuring
 
 def one_process(dataset, places, batch_size):
@@ -139,7 +160,7 @@ def all_cores(dataset, steps, batch_size, workers):
     return run
 
 
-def device_part(pairs, places, device, compiled):
+def on_device(pairs, places, device, compiled):
     """A case: one batch on the device."""
     batch = pairs.__getitems__(places)
     images, draws = batch["images"].to(device), batch["draws"].to(device)
@@ -165,23 +186,30 @@ def main():
             pairs = Pairs(folder, Words(), 224, 0, 77, augmentation, lambda count, rng: 0)
             routes |= {(name, "usual"): UsualRoute(pairs, augmentation), (name, "ours"): pairs}
         alone = {key: one_process(dataset, places, args.batch) for key, dataset in routes.items()}
+        for name in ("plain", "paper"):
+            tar_route = webdataset_pass(folder, routes[name, "usual"].of_image, args.batch)
+            alone |= {(name, "webdataset"): tar_route} if tar_route else {}
         together = {key: all_cores(dataset, steps, args.batch, workers)
                     for key, dataset in routes.items()}
-        added = {name: device_part(routes[name, "ours"], places[:args.batch], device, args.compile)
+        added = {name: on_device(routes[name, "ours"], places[:args.batch], device, args.compile)
                  for name in ("plain", "paper")}
         alone, together, added = (interleave(cases, args.rounds, device)
                                   for cases in (alone, together, added))
 
     def row(name, processes, laps):
-        """Seconds of the last phase -> images a second of both routes, and how many times more."""
-        usual, ours = ([lap[-1] for lap in laps[name, route]] for route in ("usual", "ours"))
-        images = steps * args.batch
-        return (name, processes, spread([images / s for s in usual], ""),
-                spread([images / s for s in ours], ""), ratio(usual, ours),
-                spread([s / args.batch for s in totals(added[name])], "us"))
+        """Seconds of the last phase -> images a second of each route, and how many times more."""
+        seconds = {route: [lap[-1] for lap in laps[name, route]]
+                   for route in ("ours", "usual", "webdataset") if (name, route) in laps}
+        cells = [spread([steps * args.batch / s for s in seconds["ours"]], "")]
+        for route in ("usual", "webdataset"):
+            found = seconds.get(route)
+            cells.append(found and spread([steps * args.batch / s for s in found], "") or "-")
+            cells.append(ratio(found, seconds["ours"]) if found else "-")
+        device_part = [s / args.batch for s in totals(added[name])]
+        return (name, processes, *cells, spread(device_part, "us"))
 
-    table(("augmentation", "processes", "usual route, images/s", "ours, images/s", "times",
-           f"device part, {device.type}, an image"),
+    table(("augmentation", "processes", "ours, images/s", "usual route", "times", "with webdataset",
+           "times", f"device part, {device.type}, an image"),
           [row(name, *where) for name in ("plain", "paper")
            for where in ((1, alone), (f"{workers} workers", together))])
 
