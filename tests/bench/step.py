@@ -200,7 +200,7 @@ def main():
     parser = options(__doc__, model="ViT-B-32", batch=32, dtype="bfloat16", peer="open_clip",
                      alone="")
     parser.add_argument("--compile", action="store_true", help="also all tricks, compiled")
-    parser.add_argument("--totals", action="store_true", help="only plain, all and the peer")
+    parser.add_argument("--totals", action="store_true", help="only plain, all, peer; no memory")
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.rounds = "toy", 8, 1
@@ -219,7 +219,8 @@ def main():
     whole = ["plain", "all"] + ["all, compiled"] * args.compile
     if open_clip:
         whole += ["open_clip"] + ["open_clip, compiled"] * args.compile
-    gib = {name: f"{alone(args, name)['bytes'] / 2**30:.2f}" for name in whole}
+    gib = {} if args.totals else {name: f"{alone(args, name)['bytes'] / 2**30:.2f}"
+                                  for name in whole}
     cases = our_cases(args, config, device, images, tokens)
     if open_clip:
         cases |= peer_cases(args, config, device, images, tokens)
