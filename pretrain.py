@@ -392,7 +392,7 @@ def main(argv=None):
     log.say(f"step {step:,} of {total_steps:,}, {step * config.batch_size:,} samples; replaced: "
             f"{', '.join(f'{n} {why}' for why, n in bad.items()) or 'none'}; {clock(seconds)}, "
             f"{done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")
-    model = None  # DDP, freed after its group, can wait forever for a thread of gloo's (torch 2.13)
+    model = None  # DDP holds the group; while anyone does, gloo's threads go on, even into the exit
     ranks.stop()
 
 

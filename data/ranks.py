@@ -7,6 +7,9 @@ import os
 
 import torch
 import torch.distributed as dist
+# Its functions keep the group of this moment as their default: none yet. Imported later, as DDP
+# would, they hold the run's group beyond stop(), and gloo's threads go on into Python's exit.
+import torch.distributed.nn  # noqa: F401
 
 
 class Ranks:

@@ -354,6 +354,25 @@ def test_torchrun_trains_on_two_cpu_ranks(arguments, tmp_path):
     assert not [name for name in names if "module" in name or "_orig_mod" in name]
 
 
+GROUP = '''
+import sys, weakref, pretrain, torch.distributed as dist
+join, groups = dist.init_process_group, []
+def watched(backend):
+    join(backend)
+    groups.append(weakref.ref(dist.group.WORLD))
+dist.init_process_group = watched
+pretrain.main(sys.argv[1:])
+print("group after the run:", *(group() for group in groups))
+'''
+
+
+def test_nothing_keeps_the_group_beyond_the_run(arguments, tmp_path):
+    """gloo's threads live as long as it; met by Python's exit they could abort a finished run."""
+    codes, outputs = finish(process(arguments(tmp_path, "--max_steps=1"), code=GROUP, world=2))
+    assert codes == [0, 0], outputs
+    assert all("group after the run: None" in output for output in outputs), outputs
+
+
 def test_same_seed_twice_gives_the_same_log(arguments, tmp_path):
     here(arguments(tmp_path / "a"))
     here(arguments(tmp_path / "b"))
