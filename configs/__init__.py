@@ -25,9 +25,6 @@ import types
 # Threads that wait for each other should sleep, not spin: on 2 busy cores the toy trains at 752
 # pairs/s instead of 54. OpenMP reads this when torch is loaded, so scripts import configs first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Large tensors in pages of 2 MB, where Linux lets us ask for them: a step on a CPU makes and frees
-# gigabytes, page by page. Read by torch at its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _command_line = {}  # --key=value as text, for given()
 _recipes = []       # recipe paths of this run, for write_record()
