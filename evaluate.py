@@ -373,7 +373,6 @@ def main(argv=None):
                  for path, name in names.items()}
         if ranks.rank == 0:
             report(arms, found, rows, config)
-    ranks.stop()
 
 
 def report(arms, found, rows, config):

@@ -14,13 +14,11 @@ import math
 import os
 import resource
 import time
-from dataclasses import dataclass
 
 from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
                      run_main, stop_on_signals, write_record)  # before torch, see there
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from data.benchmarks import Pixels, embed, embed_texts, evaluate_set, find_sets, retrieve
 from data.images import Augmentation, augment_batch
@@ -37,7 +35,7 @@ MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "workers", "micro_
               "save_every", "keep_last", "keep_at", "resume"}
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     # data
     data: str = "data/yfcc15m"            # folder of tar shards (data/shards.py)
@@ -95,9 +93,9 @@ class Config:
     def check(self):
         check_ranges(
             self, model=tuple(SIZES), decay=("cosine", "constant"), dtype=("bfloat16", "float32"),
-            log_to=("", "tensorboard", "wandb"),
-            positive=("image_size", "context_length", "batch_size", "epochs", "lr", "eps",
-                      "log_every", "save_every", "keep_last"),
+            log_to=("", "tensorboard", "wandb"), positive=(
+                "image_size", "context_length", "batch_size", "epochs", "lr", "eps", "log_every",
+                "save_every", "keep_last"),
             not_negative=("workers", "overfit", "micro_batch", "loss_chunk", "max_steps", "min_lr",
                           "warmup_steps", "weight_decay", "grad_clip", "eval_every"))
         if 0 < self.overfit < self.batch_size:
@@ -107,10 +105,8 @@ class Config:
 # -------------------------------------------------------- functions that a recipe may replace
 
 def lr_at(step, total_steps, config):
-    """Learning rate of update `step` (from 0): linear warm-up, then a cosine to min_lr.
-
-    The cosine ends at this run's own last update (SGDR, arXiv 1608.03983, without restarts).
-    """
+    """Learning rate of update `step` (from 0): linear warm-up, then a cosine to min_lr."""
+    # SGDR, arXiv 1608.03983, without restarts; it ends at this run's own last update.
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
@@ -133,23 +129,30 @@ def contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale, fi
     """Symmetric InfoNCE of this rank's rows against every pair (CLIP, arXiv 2103.00020, fig. 3).
 
     image_emb, text_emb: (b, E) unit rows of this rank, which stand at first_row of the (B, E)
-    all_*; scale: exp of the learned temperature. With chunk > 0 only chunk x B logits exist at a
-    time; they are computed again for the gradient. Returns the mean over rows, both directions.
+    all_*; scale (): exp of the learned temperature. Returns the mean over rows, both directions.
+    With chunk > 0 only chunk x B logits exist at a time: each chunk's gradient is taken at once.
     """
-    def rows_loss(rows, others, labels):
+    @torch.enable_grad()
+    def rows_loss(rows, others, scale, labels):
         return F.cross_entropy(scale * rows @ others.T, labels, reduction="sum")
-    b = len(image_emb)
+    b, loss = len(image_emb), 0.0
     labels = torch.arange(first_row, first_row + b, device=image_emb.device)  # (b,)
-    loss = 0.0
-    for rows, others in ((image_emb, all_text_emb), (text_emb, all_image_emb)):
-        for part, label in zip(rows.split(chunk or b), labels.split(chunk or b)):  # (chunk, E)
-            loss = loss + (checkpoint(rows_loss, part, others, label, use_reentrant=False)
-                           if chunk else rows_loss(part, others, label))
+    for inputs in ((image_emb, all_text_emb, scale), (text_emb, all_image_emb, scale)):
+        if not chunk:
+            loss = loss + rows_loss(*inputs, labels)
+            continue
+        rows, *leaves = (x.detach() for x in inputs)
+        for part, label in zip(parts := rows.split(chunk), labels.split(chunk)):  # (chunk, E)
+            part_loss = rows_loss(*(x.requires_grad_() for x in (part, *leaves)), label)
+            part_loss.backward()  # adds to the leaves' gradients and frees the logits
+            loss = loss + part_loss.detach()
+        grads = torch.cat([part.grad for part in parts]), *(leaf.grad for leaf in leaves)
+        # x - x.detach() is 0 and its gradient 1: the value stays, backward finds these gradients.
+        loss = loss + sum(((x - x.detach()) * grad).sum() for x, grad in zip(inputs, grads))
     return loss / (2 * b)
 
 
 # ------------------------------------------------------------------- the gradient, across ranks
-
 
 def global_loss(image_emb, text_emb, scale, config, ranks):
     """contrastive_loss of local rows (b, E) against those of all ranks; one collective for both.
@@ -159,8 +162,7 @@ def global_loss(image_emb, text_emb, scale, config, ranks):
     """
     both = torch.cat([image_emb, text_emb], dim=1)                    # (b, 2E)
     everyone = GatherRows.apply(both) if ranks.world > 1 else both    # (B, 2E)
-    all_image_emb, all_text_emb = everyone.chunk(2, dim=1)            # (B, E) each
-    return contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale,
+    return contrastive_loss(image_emb, text_emb, *everyone.chunk(2, dim=1), scale,
                             ranks.rank * len(image_emb), config.loss_chunk)
 
 
@@ -191,8 +193,7 @@ def accumulate_gradient(model, embed_rows, b, config, ranks):
         group_loss = global_loss(*leaves, config, ranks)
         share = len(leaves[0]) / b
         grads = torch.autograd.grad(group_loss * share, leaves)
-        grad_parts = zip(grads[0].split(micro), grads[1].split(micro))
-        for part, (grad_image, grad_text) in zip(group, grad_parts):
+        for part, grad_image, grad_text in zip(group, *(g.split(micro) for g in grads[:2])):
             with sync(part):
                 output = outputs[0] if single else embed_rows(part)
                 torch.autograd.backward(output, [grad_image, grad_text, grads[2] / len(group)])
@@ -202,7 +203,6 @@ def accumulate_gradient(model, embed_rows, b, config, ranks):
 
 
 # ---------------------------------------------------------------------- looking, saving, starting
-
 
 @torch.no_grad()
 def look(clip, tokenizer, held_out, step, config, ranks):
@@ -338,8 +338,7 @@ def main(argv=None):
         images, draws = (batch[key].to(device, non_blocking=True) for key in ("images", "draws"))
 
         def embed_rows(rows):
-            with torch.no_grad():
-                views = make_views(images[rows], draws[rows], augmentation)   # (micro, 3, S, S)
+            views = make_views(images[rows], draws[rows], augmentation)       # (micro, 3, S, S)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 return model(views, batch["tokens"][rows])
 
@@ -392,8 +391,6 @@ def main(argv=None):
     log.say(f"step {step:,} of {total_steps:,}, {step * config.batch_size:,} samples; replaced: "
             f"{', '.join(f'{n} {why}' for why, n in bad.items()) or 'none'}; {clock(seconds)}, "
             f"{done / seconds:,.0f} pairs/s, peak memory {memory / 2**30:.2f} GiB")
-    model = None  # DDP holds the group; while anyone does, gloo's threads go on, even into the exit
-    ranks.stop()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without it a process is alone and nothing waits.
 """
+import atexit
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 # Its functions keep the group of this moment as their default: none yet. Imported later, as DDP
-# would, they hold the run's group beyond stop(), and gloo's threads go on into Python's exit.
+# would, they hold the run's group beyond leave(), and gloo's threads go on into Python's exit.
 import torch.distributed.nn  # noqa: F401
 
 
@@ -29,13 +31,14 @@ class Ranks:
         return batch_size // self.world
 
     def start(self):
-        """Join the group; returns the torch.device of this rank."""
+        """Join the group until Python ends; returns the torch.device of this rank."""
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", self.local)
             torch.cuda.set_device(device)
         if self.world > 1:  # both back ends: hosts exchange counts without waiting for a GPU
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(self.leave)
         return device
 
     @contextlib.contextmanager
@@ -47,9 +50,9 @@ class Ranks:
         if self.rank == 0:
             self.total(0)
 
-    def stop(self):
-        """Leave the group."""
-        if self.world > 1:
+    def leave(self):
+        """Leave the group; not after a traceback, of which the others may know nothing."""
+        if not hasattr(sys, "last_value"):  # else NCCL would wait for them
             dist.destroy_process_group()
 
     def total(self, *counts):

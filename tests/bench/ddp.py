@@ -87,7 +87,6 @@ def main():
            (f"{ranks.world} ranks, {each} each", spread(seconds["all"]),
             ratio(seconds["one"], seconds["all"])),
            (f"all-reduce of {gradient_bytes / 1e6:,.0f} MB alone", spread(seconds["reduce"]), "")])
-    ranks.stop()
 
 
 if __name__ == "__main__":
