@@ -67,7 +67,7 @@ def attend(qkv, spans, heads, causal):
     """Attention within each sequence of a flat matrix (see Block): qkv (T, 3D) -> (T, D)."""
     mixed, fused = [], qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16
     for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
-        q, k, v = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (x.transpose(1, 2) for x in part.view(count, length, 3, heads, -1).unbind(2))
         if fused:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
         else:  # written out: on a CPU the fused kernel's bf16 backward takes 4 times as long
