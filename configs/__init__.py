@@ -23,9 +23,9 @@ import sys
 import time
 import types
 
-# OpenMP reads this when torch is loaded, so scripts import configs first. Threads that wait for
+# OpenMP reads these when torch is loaded, so scripts import configs first. Threads that wait for
 # each other look a thousand times, about 10 us, and then sleep: at once would cost a quiet machine
-# a fifth of the toy's pairs/s, never would cost a busy one nine tenths.
+# a fifth of the toy's pairs/s, never most of a busy one's. OpenMPs but GNU's know the first only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Memory that is freed stays with the process: glibc would give large blocks back, and Linux would

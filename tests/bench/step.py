@@ -8,9 +8,11 @@ pretrain.py (clipping included, which open_clip leaves out by default), the peer
 trainer. "plain" is ours with every trick off; each is then switched on alone, and all together.
 --compile adds both, compiled. "of peak" is the nominal work of a pair, 77 text tokens, against a
 large matrix product of the same dtype measured in the same rounds. Peak memory is that of a fresh
-process per case: resident on CPU, of the allocator on a GPU.
+process per case: resident on CPU, of the allocator on a GPU. --trim gives freed memory back to the
+system, as glibc does by itself once large blocks were freed, instead of keeping it (configs).
 """
 import contextlib
+import ctypes
 import json
 import math
 import resource
@@ -201,9 +203,13 @@ def main():
                      alone="")
     parser.add_argument("--compile", action="store_true", help="also all tricks, compiled")
     parser.add_argument("--totals", action="store_true", help="only plain, all, peer; no memory")
+    parser.add_argument("--trim", action="store_true", help="freed memory goes back to the system")
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.rounds = "toy", 8, 1
+    if args.trim:  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD where glibc's own rise to
+        for what, value in ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20)):
+            ctypes.CDLL(None).mallopt(what, value)
     device, config = start(args), model.SIZES[args.model]
     images, tokens = make_batch(config, args.batch, device)
     if args.alone:
