@@ -28,11 +28,11 @@ import types
 # a fifth of the toy's pairs/s, never most of a busy one's. OpenMPs but GNU's know the first only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Memory that is freed stays with the process: glibc would give large blocks back, and Linux would
-# clear 100,000 new pages a ViT-B-32 step of 32, a million at 128.
+# Memory that is freed stays with the process but for blocks of 32 MB: glibc would give more of it
+# back, and Linux would clear 100,000 new pages a ViT-B-32 step of 32.
 if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-    libc.mallopt(-4, 0)   # M_MMAP_MAX: no block of its own
+    libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: never
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _command_line = {}  # --key=value as text, for given()
 _recipes = []       # recipe paths of this run, for write_record()

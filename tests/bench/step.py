@@ -207,8 +207,8 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.rounds = "toy", 8, 1
-    if args.trim:  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD where glibc's own rise to
-        for what, value in ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20)):
+    if args.trim:  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: where glibc's own rise to
+        for what, value in ((-3, 32 << 20), (-1, 64 << 20)):
             ctypes.CDLL(None).mallopt(what, value)
     device, config = start(args), model.SIZES[args.model]
     images, tokens = make_batch(config, args.batch, device)
