@@ -105,8 +105,10 @@ class Config:
 # -------------------------------------------------------- functions that a recipe may replace
 
 def lr_at(step, total_steps, config):
-    """Learning rate of update `step` (from 0): linear warm-up, then a cosine to min_lr."""
-    # SGDR, arXiv 1608.03983, without restarts; it ends at this run's own last update.
+    """Learning rate of update `step` (from 0): linear warm-up, then a cosine to min_lr.
+
+    The cosine ends at this run's own last update (SGDR, arXiv 1608.03983, without restarts).
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":
@@ -162,7 +164,8 @@ def global_loss(image_emb, text_emb, scale, config, ranks):
     """
     both = torch.cat([image_emb, text_emb], dim=1)                    # (b, 2E)
     everyone = GatherRows.apply(both) if ranks.world > 1 else both    # (B, 2E)
-    return contrastive_loss(image_emb, text_emb, *everyone.chunk(2, dim=1), scale,
+    all_image_emb, all_text_emb = everyone.chunk(2, dim=1)            # (B, E) each
+    return contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale,
                             ranks.rank * len(image_emb), config.loss_chunk)
 
 
