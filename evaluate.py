@@ -24,15 +24,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import load_config, run_main  # before torch, see there
+from configs import load_config  # before torch: see there
 import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from data import benchmarks, results
 from data.images import BadImage, decode, eval_image, normalise
-from data.neighbours import Pool, draw_rows
+from data.log import Progress, run_main
+from data.look import Pool, draw_rows
 from data.ranks import Ranks
 from data.text import Tokenizer
 from data.triplets import Triplets
@@ -41,7 +43,7 @@ from model import CLIP, SIZES, VisionTower, load_clip, load_vision, read_checkpo
 
 @dataclass
 class Config:
-    benchmarks: str = ""   # folder of sets wds_<name>_test (data.toy, data.prepare_benchmarks)
+    benchmarks: str = ""   # folder of sets wds_<name>_test (data.prepare.toy, data.prepare.benchmarks)
     nights: str = ""       # NIGHTS' folder or a CSV of judgements; its test split gives 2AFC
     out: str = "out/eval"  # where results go, and are found again
     list: str = "code"     # the paper's rows: "code" as its group ran them, or "plan", a later one
@@ -67,6 +69,284 @@ class Config:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
         if bool(self.images) != bool(self.query or self.image):
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
+
+
+# ------------------------------------------------------------------------------ metrics
+# Ties are broken as CLIP_benchmark breaks them, so that its figures come out: top-k by torch.topk,
+# the per-class recall by argmax (lowest label first), the precision by a descending sort.
+
+
+def class_vectors(prompts, rows):
+    """Unit class vectors from unit prompt embeddings (P,E); rows (C,T): each class's prompts."""
+    means = torch.stack([prompts[row].mean(0) for row in rows])  # (C,T) rows of (P,E) -> (C,E)
+    return F.normalize(means, dim=-1)
+
+
+def top_k_hits(logits, labels, ks):
+    """{k: (n,) bool, whether the label is among the k largest of its row} for logits (n,C)."""
+    order = logits.topk(max(ks), dim=1).indices  # (n,C) -> (n,k)
+    right = order == labels[:, None]
+    return {k: right[:, :k].any(1) for k in ks}
+
+
+def mean_per_class_recall(right, labels):
+    """Mean, over the classes present, of the share of right (n,) among the class's samples."""
+    counts = np.bincount(labels)
+    return float((np.bincount(labels, weights=right)[counts > 0] / counts[counts > 0]).mean())
+
+
+def average_precision(scores, truth):
+    """Mean of the precision at each positive; scores (n,), truth (n,) bool; 0 without positives."""
+    truth = truth[scores.sort(descending=True, stable=True).indices].double()
+    precision = truth.cumsum(0) / torch.arange(1, len(truth) + 1)
+    return float((precision * truth).sum() / truth.sum().clamp(min=1))
+
+
+def recall_hits(queries, gallery, query_image, gallery_image, ks=(1, 5, 10)):
+    """{k: (q,) bool, whether something of the query's image is among its k nearest}.
+
+    queries (q,E), gallery (g,E); *_image: index of the image that each belongs to.
+    """
+    hits = {k: [] for k in ks}
+    for start in range(0, len(queries), 1024):  # 1024 x 25,010 scores are 100 MB
+        scores = queries[start:start + 1024] @ gallery.T  # (b,E) x (E,g) -> (b,g)
+        own = query_image[start:start + 1024, None]
+        for k in ks:
+            nearest = gallery_image[scores.topk(min(k, len(gallery)), dim=1).indices]  # (b,k)
+            hits[k].append((nearest == own).any(1))
+    return {k: torch.cat(parts) for k, parts in hits.items()}
+
+
+def classify(images, classes, labels):
+    """Metrics and per-sample hits of images (n,E) against class vectors (C,E)."""
+    ks = (1, 5) if len(classes) >= 5 else (1,)  # below 5 classes top-5 means nothing
+    top, best = {k: [] for k in ks}, []
+    labels = torch.as_tensor(labels)
+    for start in range(0, len(images), 1024):
+        logits = 100.0 * images[start:start + 1024] @ classes.T  # (b,E) x (E,C) -> (b,C)
+        part = labels[start:start + 1024]
+        for k, right in top_k_hits(logits, part, ks).items():
+            top[k].append(right)
+        best.append(logits.argmax(1) == part)
+    hits = {f"acc{k}": torch.cat(top[k]).numpy() for k in ks}
+    hits["mean_per_class_recall"] = torch.cat(best).numpy()
+    metrics = {"acc1": float(hits["acc1"].mean()),
+               "acc5": float(hits["acc5"].mean()) if "acc5" in hits else None}
+    metrics["mean_per_class_recall"] = mean_per_class_recall(hits["mean_per_class_recall"],
+                                                             labels.numpy())
+    return metrics, {**hits, "labels": labels.numpy()}
+
+
+def rank_labels(images, classes, truth):
+    """Mean average precision of images (n,E) against class vectors (C,E); truth (n,C) of 0, 1."""
+    logits = 100.0 * images @ classes.T  # (n,E) x (E,C) -> (n,C)
+    truth = torch.as_tensor(truth).bool()
+    precision = [average_precision(logits[:, c], truth[:, c]) for c in range(len(classes))]
+    return {"mean_average_precision": float(np.mean(precision))}, {}
+
+
+def retrieve(images, captions, image_of):
+    """Recalls both ways; images (n,E), captions (m,E), image_of (m,): each caption's image."""
+    own, image_of = torch.arange(len(images)), torch.as_tensor(image_of)
+    hits = {}
+    for name, found in (("image", recall_hits(captions, images, image_of, own)),
+                        ("text", recall_hits(images, captions, own, image_of))):
+        hits.update({f"{name}_retrieval_recall@{k}": right.numpy() for k, right in found.items()})
+    metrics = {name: float(right.mean()) for name, right in hits.items()}
+    metrics["mean_recall@1"] = (metrics["image_retrieval_recall@1"]
+                                + metrics["text_retrieval_recall@1"]) / 2
+    return metrics, {**hits, "image_of": image_of.numpy()}
+
+
+def two_afc(ref, left, right, labels):
+    """Score of each triplet: 1 if the chosen side is nearer, 0.5 for a tie, 0 otherwise.
+
+    ref, left, right: (n,E) unit embeddings; labels (n,), 1 = right chosen. Returns (n,) float32.
+    The nearer side has the larger cosine, compared in float32: bfloat16 makes false ties.
+    """
+    ref, left, right = ref.float(), left.float(), right.float()
+    lead = (ref * right).sum(-1) - (ref * left).sum(-1)                                  # (n,)
+    chosen = 2 * labels.to(lead) - 1                                                     # (n,) +-1
+    return 0.5 + 0.5 * torch.sign(chosen * lead)
+
+
+class Pixels(Dataset):
+    """Preprocessed images for `embed`; an error travels as text: workers garble exceptions.
+
+    benchmark: anything with a length and image(i) -> Pillow RGB.  size: S.
+    """
+
+    def __init__(self, benchmark, size):
+        self.benchmark, self.size = benchmark, size
+
+    def __len__(self):
+        return len(self.benchmark)
+
+    def __getitems__(self, indices):
+        try:
+            return torch.stack([eval_image(self.benchmark.image(i), self.size) for i in indices])
+        except ValueError as error:
+            return str(error)
+
+
+def embed(encode, items, device, batch_size, workers=0, dtype="float32", ranks=None, label=""):
+    """Embeddings of all images, in order, on the CPU, the same on every rank: (n,E) float32.
+
+    items: Dataset whose __getitems__(list of indices) gives uint8 (b,3,S,S), or an error's text.
+    Whole batches are dealt to the ranks (data.ranks.Ranks; None: alone): a batch meets the same
+    arithmetic at any world size, and no sample is padded, dropped or counted twice.
+    label: what the progress line calls it, "" for no such line.
+    """
+    batches = _dealt([range(i, min(i + batch_size, len(items)))
+                      for i in range(0, len(items), batch_size)], ranks)
+    loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=_as_is,
+                        pin_memory=device.type == "cuda")
+    parts, error, progress = [], None, _progress(label, batches, "images", ranks)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+        for pixels in loader:  # within one autocast, which converts the weights once
+            if isinstance(pixels, str):
+                error = pixels
+                break
+            parts.append(encode(normalise(pixels.to(device, non_blocking=True))).float().cpu())
+            if progress:
+                progress.add(len(pixels))
+    return torch.cat(_exchange(parts, error, ranks))
+
+
+def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="float32",
+                ranks=None, label=""):
+    """Unit embeddings of texts (list of str) as (len(texts),E) float32 on the CPU.
+
+    cache: dict text -> (E,), read and extended, so that a run encodes each distinct text once.
+    New texts run in the order of their length: encode_text cuts each batch to its longest.
+    """
+    new = sorted(set(texts) - cache.keys(), key=lambda text: (len(text), text))
+    batches = [new[i:i + batch_size] for i in range(0, len(new), batch_size)]
+    own = _dealt(batches, ranks)
+    parts, progress = [], _progress(label, own, "texts", ranks)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+        for batch in own:
+            tokens = tokenizer(batch, clip.config.context_length)  # (b,L) int64
+            parts.append(clip.encode_text(tokens).float().cpu())
+            if progress:
+                progress.add(len(batch))
+    for batch, part in zip(batches, _exchange(parts, None, ranks)):
+        cache.update(zip(batch, part))
+    return torch.stack([cache[text] for text in texts])  # (len(texts),E)
+
+
+def _dealt(batches, ranks):
+    """The batches of this rank: one in `world`."""
+    return batches[ranks.rank::ranks.world] if ranks else batches
+
+
+def _progress(label, batches, unit, ranks):
+    """Rank 0's progress line; it counts its own batches, the others keep its pace."""
+    shown = label and (ranks is None or ranks.rank == 0)
+    return Progress(label, sum(map(len, batches)), unit) if shown else None
+
+
+def _exchange(parts, error, ranks):
+    """All ranks' batches in their order; an error of any rank is raised on every rank."""
+    everyone = ranks.collect((parts, error)) if ranks else [(parts, error)]
+    for _, message in everyone:
+        if message is not None:
+            raise ValueError(message)
+    world, total = len(everyone), sum(len(part) for part, _ in everyone)
+    return [everyone[i % world][0][i // world] for i in range(total)]
+
+
+def _as_is(batch):
+    return batch
+
+
+def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, dtype="float32", prompts=None,
+                 ranks=None, label=""):
+    """Zero-shot metrics of one CLIP on one set, in one pass over its images.
+
+    clip: encode_image (b,3,S,S) -> (b,E) unit, encode_text (b,L) -> (b,E) unit, .config and
+    .logit_scale, whose device is used.  folder: path or BenchmarkSet.  prompts: embed_texts' cache,
+    to share between sets.  ranks: a Ranks that ALL its processes call this with, or None: alone.
+    Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, main (the metric for
+    family means), family, type, n, classes, templates, captions, partial (unlike its row),
+    classnames_sha256, templates_sha256, samples_sha256, seconds, and hits {metric: (n,) or (m,)}.
+    """
+    benchmark = folder if isinstance(folder, benchmarks.BenchmarkSet) else benchmarks.BenchmarkSet(folder)
+    device, start = clip.logit_scale.device, time.time()
+    how = {"device": device, "dtype": dtype, "ranks": ranks, "label": label}
+    texts = benchmark.captions or [prompt for row in benchmark.prompts() for prompt in row]
+    cache = {} if prompts is None else prompts
+    text_embeddings = embed_texts(clip, tokenizer, texts, cache, **how)  # (m,E) or (C*T,E)
+    images = embed(clip.encode_image, Pixels(benchmark, clip.config.image_size),
+                   batch_size=batch_size, workers=workers, **how)  # (n,E)
+    if benchmark.type == "retrieval":
+        metrics, hits = retrieve(images, text_embeddings, benchmark.labels)
+    else:
+        shape = len(benchmark.classnames), len(benchmark.templates)
+        classes = class_vectors(text_embeddings, torch.arange(len(texts)).view(shape))
+        measure = classify if benchmark.type == "classification" else rank_labels
+        metrics, hits = measure(images, classes, benchmark.labels)
+    row = benchmarks.ROW_OF.get(benchmark.name)
+    return {"metrics": metrics, "main": row.main if row else benchmarks.MAIN[benchmark.type],
+            "family": row.family if row else benchmark.family, "type": benchmark.type,
+            "n": len(benchmark), "classes": len(benchmark.classnames),
+            "templates": len(benchmark.templates), "captions": len(benchmark.captions),
+            "partial": bool(benchmarks.unlike_row(benchmark)),
+            **benchmark.fingerprints, "seconds": round(time.time() - start, 2), "hits": hits}
+
+
+class _TripletPixels(Dataset):
+    """Triplets as items of `embed`: an index is a triplet, that is three images."""
+
+    def __init__(self, triplets, size):
+        self.triplets, self.size = triplets, size
+
+    def __len__(self):
+        return len(self.triplets)
+
+    def __getitems__(self, rows):
+        try:
+            return self.triplets.load(self.size, rows).flatten(0, 1)  # (b,3,3,S,S) -> (3b,3,S,S)
+        except ValueError as error:
+            return str(error)
+
+
+def evaluate_triplets(encode, triplets, size, device, batch_size=256, workers=0, dtype="float32",
+                      ranks=None, label=""):
+    """2AFC of an image tower on triplets: {"nights": task} as evaluate_set has it.
+
+    encode: (b,3,S,S) -> (b,E) unit.  Where the file tells ImageNet's triplets apart, also
+    "nights-imagenet" and "nights-no-imagenet".  Ties count half.
+    """
+    start = time.time()
+    embeddings = embed(encode, _TripletPixels(triplets, size), device, max(1, batch_size // 3),
+                       workers, dtype, ranks, label).unflatten(0, (-1, 3))  # (3n,E) -> (n,3,E)
+    scores = two_afc(*embeddings.unbind(1), torch.from_numpy(triplets.labels)).numpy()  # (n,)
+    parts = {"nights": np.ones(len(scores), bool)}
+    if triplets.is_imagenet is not None:
+        parts |= {"nights-imagenet": triplets.is_imagenet,
+                  "nights-no-imagenet": ~triplets.is_imagenet}
+    return {name: {"metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
+                   "family": "nights", "part_of": None if name == "nights" else "nights",
+                   "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
+                   "captions": 0, "samples_sha256": triplets.fingerprint,
+                   "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
+            for name, part in parts.items() if part.any()}
+
+
+@torch.no_grad()
+def embed_triplets(encode, triplets, size, device, batch_size=256):
+    """Unit float32 embeddings of a split: ref, left, right, each (n,E) on the host.
+
+    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size. Of batch_size triplets at once.
+    """
+    found = []
+    for start in range(0, len(triplets), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(triplets)))      # (b,)
+        pixels = triplets.load(size, rows).to(device).flatten(0, 1)          # (3b,3,S,S)
+        embeddings = F.normalize(encode(normalise(pixels)).float(), dim=-1)
+        found.append(embeddings.cpu().unflatten(0, (-1, 3)))                 # (b,3,E)
+    return torch.cat(found).unbind(1)
 
 
 # ------------------------------------------------------------------------------ what to evaluate
@@ -227,7 +507,7 @@ def evaluate_checkpoint(name, path, sets, triplets, config, ranks, device):
     target, model = os.path.join(config.out, name), open_model(path, config, device)
     if sets and model.clip and not model.tokenizer:
         raise ValueError(f"{path}: brings no vocabulary; give --vocabulary=data/clip.tiktoken "
-                         "(python -m data.prepare_vocabulary clip makes it)")
+                         "(python -m data.prepare.vocabulary clip makes it)")
     if not (model.clip or triplets):
         raise ValueError(f"{path}: is a vision tower only; give --nights")
     result, hits = begin_result(name, target, model, config)
@@ -238,11 +518,11 @@ def evaluate_checkpoint(name, path, sets, triplets, config, ranks, device):
     for key in [key for key in jobs if key not in done]:
         label, found = f"{name}: {key}", jobs[key]
         if key == "nights":
-            tasks = benchmarks.evaluate_triplets(
+            tasks = evaluate_triplets(
                 model.encode, found, model.vision.config.image_size, device, config.batch_size,
                 config.workers, config.dtype, ranks, label)
         else:
-            tasks = {key: benchmarks.evaluate_set(
+            tasks = {key: evaluate_set(
                 model.clip, model.tokenizer, found, config.batch_size, config.workers,
                 config.dtype, prompts, ranks, label)}
         for task_name, task in tasks.items():
@@ -308,7 +588,7 @@ def look(names, config, device):
     for path, name in names.items():
         model = open_model(path, config, device)
         if config.query:
-            text = embed_texts(model, [config.query], device)[0]  # (E,)
+            text = text_rows(model, [config.query], device)[0]  # (E,)
             rows.append((f"{name}: images", embed_pool(model, pool, device) @ text))
         if config.image:
             rows += nearest_to_image(name, model, asked, pool, device)
@@ -324,22 +604,22 @@ def nearest_to_image(name, model, asked, pool, device):
         query = model.encode(pixels.to(device))[0].cpu()  # (E,)
     rows = [(f"{name}: images", embed_pool(model, pool, device) @ query)]
     if model.tokenizer:
-        rows.append((f"{name}: captions", embed_texts(model, pool.captions, device) @ query))
+        rows.append((f"{name}: captions", text_rows(model, pool.captions, device) @ query))
     return rows
 
 
 def embed_pool(model, pool, device):
     """Unit embeddings (n,E) of the pool's images."""
-    items = benchmarks.Pixels(pool, model.vision.config.image_size)
-    return benchmarks.embed(model.encode, items, device, batch_size=64)
+    items = Pixels(pool, model.vision.config.image_size)
+    return embed(model.encode, items, device, batch_size=64)
 
 
-def embed_texts(model, texts, device):
+def text_rows(model, texts, device):
     """Unit embeddings (len(texts),E); ValueError for a model without text."""
     if model.tokenizer is None:
         raise ValueError(f"{model.about['checkpoint']}: has no text side (stage 1), or brings no "
                          "vocabulary; use --image=FILE, or give --vocabulary=FILE")
-    return benchmarks.embed_texts(model.clip, model.tokenizer, texts, {}, device)
+    return embed_texts(model.clip, model.tokenizer, texts, {}, device)
 
 
 # ------------------------------------------------------------------------------ main

@@ -363,7 +363,7 @@ def load_vision(path, device="cpu"):
 
 def load(path, kind, quick_gelu):
     """The module in a weights file: all its tensors and no other, each in its shape."""
-    from data import foreign  # only to read and write files is this needed
+    from data import weights as foreign  # only to read and write files is this needed
     path = foreign.weights_file(path)
     content = foreign.read_archive(path) or read_file(path)
     stage_1 = content.get("kind") == "vision"
@@ -390,7 +390,7 @@ def export_clip(clip, path, layout):
     The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
     layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
     """
-    from data import foreign
+    from data import weights as foreign
     weights = foreign.to_layout(clip.state_dict(), layout)
     if layout == "huggingface":
         foreign.write_folder(path, weights, asdict(clip.config), clip.vocabulary)

@@ -16,14 +16,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from configs import RunLog, check_resume, load_config, run_main, write_record  # before torch
+from configs import load_config  # before torch: see there
 import torch
 import torch.nn.functional as F
 
-from data.benchmarks import evaluate_set, find_sets
+from data.benchmarks import find_sets
 from data.images import normalise
+from data.log import RunLog, check_resume, run_main, write_record
 from data.text import Tokenizer
-from data.triplets import Triplets, embed_triplets, two_afc
+from data.triplets import Triplets
+from evaluate import embed_triplets, evaluate_set, two_afc
 from model import (FORMAT, SIZES, VisionTower, load_clip, optimizer_groups, read_checkpoint,
                    weights_checksum, write_checkpoint)
 

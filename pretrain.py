@@ -15,18 +15,20 @@ import os
 import resource
 import time
 
-from configs import (RunLog, check_ranges, check_resume, clock, keep_previous, load_config,
-                     run_main, stop_on_signals, write_record)  # before torch, see there
+from configs import check_ranges, load_config  # before torch: see there
 import torch
 import torch.nn.functional as F
 
-from data.benchmarks import Pixels, embed, embed_texts, evaluate_set, find_sets, retrieve
+from data.benchmarks import find_sets
 from data.images import Augmentation, augment_batch
+from data.log import (RunLog, check_resume, clock, keep_previous, run_main, stop_on_signals,
+                      write_record)
 from data.pairs import BadSamples, BadSteps, HeldOut, PairBatches, Pairs, load_batches
 from data.ranks import GatherRows, Ranks
 from data.text import Tokenizer
-from model import (CLIP, FORMAT, SIZES, flops_per_pair, load_vision, optimizer_groups, peak_flops,
-                   read_checkpoint, weights_checksum, write_checkpoint)
+from evaluate import Pixels, embed, embed_texts, evaluate_set, retrieve
+from model import (CLIP, FORMAT, SIZES, flops_per_pair, load_vision, optimizer_groups,
+                   peak_flops, read_checkpoint, weights_checksum, write_checkpoint)
 
 # What may differ when a run goes on: it does not change what is learnt. (Of data and vocabulary
 # only the path may: their content is compared.)

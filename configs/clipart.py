@@ -2,9 +2,9 @@
 
     apt-get download tuxpaint-stamps-default openclipart-png       # Debian, Ubuntu; 292 MB
     for package in *.deb; do dpkg -x $package clipart; done
-    python -m data.pack clipart/usr/share/tuxpaint/stamps data/clipart --captions=beside \\
+    python -m data.prepare.own clipart/usr/share/tuxpaint/stamps data/clipart --captions=beside \\
         --name=tuxpaint --held_out=0.05 --short_side=64
-    python -m data.pack clipart/usr/share/openclipart/png data/clipart --captions=names \\
+    python -m data.prepare.own clipart/usr/share/openclipart/png data/clipart --captions=names \\
         --name=openclipart --held_out=0.05 --short_side=64
     python pretrain.py configs/clipart.py
 

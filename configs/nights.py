@@ -1,6 +1,6 @@
 """Stage 1 on NIGHTS as the paper's group ran it: 576 steps for ViT-B/32.
 
-    python -m data.prepare_nights data/nights && python perceptual_init.py configs/nights.py
+    python -m data.prepare.nights data/nights && python perceptual_init.py configs/nights.py
     python perceptual_init.py configs/nights.py --model=ViT-H-14     # its own warm-up
 
 Their batch is 128 triplets on each of 6 GPUs; a mean over triplets is the same on one.

@@ -8,7 +8,7 @@ import torch
 
 from configs import given
 from data.images import Augmentation, augment_batch, draw_augmentation
-from data.pairs import sample_rng
+from data.order import sample_rng
 
 model = given("model", "ViT-B-32")
 data = "data/things/triplets.csv"

@@ -1,6 +1,6 @@
 """The toy world's baseline: a small CLIP from random weights, about two minutes on 2 CPU cores.
 
-    python -m data.toy && python pretrain.py configs/toy.py
+    python -m data.prepare.toy && python pretrain.py configs/toy.py
 """
 data = "data/toy/pairs"
 held_out = "data/toy/pairs/held_out"

@@ -1,6 +1,6 @@
 """Stage 1 on the toy world's simulated observers: about a minute on 2 CPU cores.
 
-    python -m data.toy && python perceptual_init.py configs/toy_nights.py
+    python -m data.prepare.toy && python perceptual_init.py configs/toy_nights.py
 """
 data = "data/toy/nights"
 out_dir = "out/toy_nights"

@@ -15,19 +15,13 @@ import hashlib
 import io
 import os
 import re
-import shutil
-import time
 import typing
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from data.images import DECODER_ERRORS, BadImage, eval_image, normalise, open_image
-from data.progress import Progress
-from data.shards import BrokenTar, tar_members, write_tar
-from data.triplets import two_afc
+from data.images import DECODER_ERRORS, BadImage, open_image
+from data.shards import BrokenTar, tar_members
 
 # ------------------------------------------------------------------------------ the table of rows
 
@@ -90,7 +84,7 @@ _PLAN = tuple(row for row in ROWS[:29] if row.title not in ("ImageNet-O", "Objec
 # Two lists of 29 exist for this paper: its group's script ran "code", a later plan names "plan".
 LISTS = {"code": ROWS[:29] + ROWS[29:31], "plan": _PLAN + (ROWS[31], _BIRDSNAP) + ROWS[29:31]}
 ROW_OF = {name: row for row in ROWS + (_BIRDSNAP,) for name in row.sets}
-_MAIN = {"classification": _ACC, "multilabel": "mean_average_precision", "retrieval": _R1}
+MAIN = {"classification": _ACC, "multilabel": "mean_average_precision", "retrieval": _R1}
 
 
 def set_name(folder):
@@ -106,8 +100,8 @@ def find_sets(folder):
     a missing or empty folder and ValueError where two folders are the same set.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"benchmarks={folder}: no such folder; python -m data.toy draws "
-                                "one, python -m data.prepare_benchmarks fetches the real sets")
+        raise FileNotFoundError(f"benchmarks={folder}: no such folder; python -m data.prepare.toy draws "
+                                "one, python -m data.prepare.benchmarks fetches the real sets")
     found = {}
     for entry in sorted(os.listdir(folder)):
         name = set_name(entry)
@@ -316,305 +310,5 @@ def read_members(path, suffix):
         os.close(descriptor)
 
 
-def write_set(folder, name, classnames, templates, samples, family=None,
-              dataset_type="classification", per_shard=10_000):
-    """Write folder/wds_<name>_test in the layout above, whole or not at all; returns its path.
-
-    samples: iterable of (key, extension, image bytes, label); label: int, list of captions
-    (retrieval), or (C,) array of 0 and 1 (multilabel).  family: the row group it is averaged in.
-    """
-    target = os.path.join(folder, f"wds_{name}_test")
-    if os.path.exists(target):
-        raise ValueError(f"{target}: exists; remove it to write it anew")
-    draft = os.path.join(folder, f".{name}.tmp")  # find_sets passes it over
-    shutil.rmtree(draft, ignore_errors=True)  # left by an interrupted run
-    os.makedirs(os.path.join(draft, "test"))
-    texts = {"dataset_type.txt": dataset_type}
-    if family:
-        texts["family.txt"] = family
-    if dataset_type != "retrieval":
-        texts["classnames.txt"] = "\n".join(classnames)
-        texts["zeroshot_classification_templates.txt"] = "\n".join(templates)
-    members, shards = [], 0
-    for key, extension, image, label in samples:
-        members.append((f"{key}.{extension}", image))
-        members.append((f"{key}.{_LABEL_TYPE[dataset_type]}", _label_bytes(dataset_type, label)))
-        if len(members) == 2 * per_shard:
-            write_tar(os.path.join(draft, "test", f"{shards}.tar"), members)
-            members, shards = [], shards + 1
-    if members:
-        write_tar(os.path.join(draft, "test", f"{shards}.tar"), members)
-        shards += 1
-    for file_name, text in {**texts, "test/nshards.txt": str(shards)}.items():
-        with open(os.path.join(draft, file_name), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    os.replace(draft, target)
-    return target
-
-
 def _sha256(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _label_bytes(dataset_type, label):
-    if dataset_type == "retrieval":
-        return "\n".join(label).encode()
-    if dataset_type == "classification":
-        return str(int(label)).encode()
-    buffer = io.BytesIO()
-    np.save(buffer, np.asarray(label, dtype=np.uint8))
-    return buffer.getvalue()
-
-
-# ------------------------------------------------------------------------------ metrics
-# Ties are broken as CLIP_benchmark breaks them, so that its figures come out: top-k by torch.topk,
-# the per-class recall by argmax (lowest label first), the precision by a descending sort.
-
-
-def class_vectors(prompts, rows):
-    """Unit class vectors from unit prompt embeddings (P,E); rows (C,T): each class's prompts."""
-    means = torch.stack([prompts[row].mean(0) for row in rows])  # (C,T) rows of (P,E) -> (C,E)
-    return F.normalize(means, dim=-1)
-
-
-def top_k_hits(logits, labels, ks):
-    """{k: (n,) bool, whether the label is among the k largest of its row} for logits (n,C)."""
-    order = logits.topk(max(ks), dim=1).indices  # (n,C) -> (n,k)
-    right = order == labels[:, None]
-    return {k: right[:, :k].any(1) for k in ks}
-
-
-def mean_per_class_recall(right, labels):
-    """Mean, over the classes present, of the share of right (n,) among the class's samples."""
-    counts = np.bincount(labels)
-    return float((np.bincount(labels, weights=right)[counts > 0] / counts[counts > 0]).mean())
-
-
-def average_precision(scores, truth):
-    """Mean of the precision at each positive; scores (n,), truth (n,) bool; 0 without positives."""
-    truth = truth[scores.sort(descending=True, stable=True).indices].double()
-    precision = truth.cumsum(0) / torch.arange(1, len(truth) + 1)
-    return float((precision * truth).sum() / truth.sum().clamp(min=1))
-
-
-def recall_hits(queries, gallery, query_image, gallery_image, ks=(1, 5, 10)):
-    """{k: (q,) bool, whether something of the query's image is among its k nearest}.
-
-    queries (q,E), gallery (g,E); *_image: index of the image that each belongs to.
-    """
-    hits = {k: [] for k in ks}
-    for start in range(0, len(queries), 1024):  # 1024 x 25,010 scores are 100 MB
-        scores = queries[start:start + 1024] @ gallery.T  # (b,E) x (E,g) -> (b,g)
-        own = query_image[start:start + 1024, None]
-        for k in ks:
-            nearest = gallery_image[scores.topk(min(k, len(gallery)), dim=1).indices]  # (b,k)
-            hits[k].append((nearest == own).any(1))
-    return {k: torch.cat(parts) for k, parts in hits.items()}
-
-
-def classify(images, classes, labels):
-    """Metrics and per-sample hits of images (n,E) against class vectors (C,E)."""
-    ks = (1, 5) if len(classes) >= 5 else (1,)  # below 5 classes top-5 means nothing
-    top, best = {k: [] for k in ks}, []
-    labels = torch.as_tensor(labels)
-    for start in range(0, len(images), 1024):
-        logits = 100.0 * images[start:start + 1024] @ classes.T  # (b,E) x (E,C) -> (b,C)
-        part = labels[start:start + 1024]
-        for k, right in top_k_hits(logits, part, ks).items():
-            top[k].append(right)
-        best.append(logits.argmax(1) == part)
-    hits = {f"acc{k}": torch.cat(top[k]).numpy() for k in ks}
-    hits["mean_per_class_recall"] = torch.cat(best).numpy()
-    metrics = {"acc1": float(hits["acc1"].mean()),
-               "acc5": float(hits["acc5"].mean()) if "acc5" in hits else None}
-    metrics["mean_per_class_recall"] = mean_per_class_recall(hits["mean_per_class_recall"],
-                                                             labels.numpy())
-    return metrics, {**hits, "labels": labels.numpy()}
-
-
-def rank_labels(images, classes, truth):
-    """Mean average precision of images (n,E) against class vectors (C,E); truth (n,C) of 0, 1."""
-    logits = 100.0 * images @ classes.T  # (n,E) x (E,C) -> (n,C)
-    truth = torch.as_tensor(truth).bool()
-    precision = [average_precision(logits[:, c], truth[:, c]) for c in range(len(classes))]
-    return {"mean_average_precision": float(np.mean(precision))}, {}
-
-
-def retrieve(images, captions, image_of):
-    """Recalls both ways; images (n,E), captions (m,E), image_of (m,): each caption's image."""
-    own, image_of = torch.arange(len(images)), torch.as_tensor(image_of)
-    hits = {}
-    for name, found in (("image", recall_hits(captions, images, image_of, own)),
-                        ("text", recall_hits(images, captions, own, image_of))):
-        hits.update({f"{name}_retrieval_recall@{k}": right.numpy() for k, right in found.items()})
-    metrics = {name: float(right.mean()) for name, right in hits.items()}
-    metrics["mean_recall@1"] = (metrics["image_retrieval_recall@1"]
-                                + metrics["text_retrieval_recall@1"]) / 2
-    return metrics, {**hits, "image_of": image_of.numpy()}
-
-
-# ------------------------------------------------------------------------------ embedding passes
-
-
-class Pixels(Dataset):
-    """Preprocessed images for `embed`; an error travels as text: workers garble exceptions.
-
-    benchmark: anything with a length and image(i) -> Pillow RGB.  size: S.
-    """
-
-    def __init__(self, benchmark, size):
-        self.benchmark, self.size = benchmark, size
-
-    def __len__(self):
-        return len(self.benchmark)
-
-    def __getitems__(self, indices):
-        try:
-            return torch.stack([eval_image(self.benchmark.image(i), self.size) for i in indices])
-        except ValueError as error:
-            return str(error)
-
-
-def embed(encode, items, device, batch_size, workers=0, dtype="float32", ranks=None, label=""):
-    """Embeddings of all images, in order, on the CPU, the same on every rank: (n,E) float32.
-
-    items: Dataset whose __getitems__(list of indices) gives uint8 (b,3,S,S), or an error's text.
-    Whole batches are dealt to the ranks (data.ranks.Ranks; None: alone): a batch meets the same
-    arithmetic at any world size, and no sample is padded, dropped or counted twice.
-    label: what the progress line calls it, "" for no such line.
-    """
-    batches = _dealt([range(i, min(i + batch_size, len(items)))
-                      for i in range(0, len(items), batch_size)], ranks)
-    loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=_as_is,
-                        pin_memory=device.type == "cuda")
-    parts, error, progress = [], None, _progress(label, batches, "images", ranks)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-        for pixels in loader:  # within one autocast, which converts the weights once
-            if isinstance(pixels, str):
-                error = pixels
-                break
-            parts.append(encode(normalise(pixels.to(device, non_blocking=True))).float().cpu())
-            if progress:
-                progress.add(len(pixels))
-    return torch.cat(_exchange(parts, error, ranks))
-
-
-def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="float32",
-                ranks=None, label=""):
-    """Unit embeddings of texts (list of str) as (len(texts),E) float32 on the CPU.
-
-    cache: dict text -> (E,), read and extended, so that a run encodes each distinct text once.
-    New texts run in the order of their length: encode_text cuts each batch to its longest.
-    """
-    new = sorted(set(texts) - cache.keys(), key=lambda text: (len(text), text))
-    batches = [new[i:i + batch_size] for i in range(0, len(new), batch_size)]
-    own = _dealt(batches, ranks)
-    parts, progress = [], _progress(label, own, "texts", ranks)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-        for batch in own:
-            tokens = tokenizer(batch, clip.config.context_length)  # (b,L) int64
-            parts.append(clip.encode_text(tokens).float().cpu())
-            if progress:
-                progress.add(len(batch))
-    for batch, part in zip(batches, _exchange(parts, None, ranks)):
-        cache.update(zip(batch, part))
-    return torch.stack([cache[text] for text in texts])  # (len(texts),E)
-
-
-def _dealt(batches, ranks):
-    """The batches of this rank: one in `world`."""
-    return batches[ranks.rank::ranks.world] if ranks else batches
-
-
-def _progress(label, batches, unit, ranks):
-    """Rank 0's progress line; it counts its own batches, the others keep its pace."""
-    shown = label and (ranks is None or ranks.rank == 0)
-    return Progress(label, sum(map(len, batches)), unit) if shown else None
-
-
-def _exchange(parts, error, ranks):
-    """All ranks' batches in their order; an error of any rank is raised on every rank."""
-    everyone = ranks.collect((parts, error)) if ranks else [(parts, error)]
-    for _, message in everyone:
-        if message is not None:
-            raise ValueError(message)
-    world, total = len(everyone), sum(len(part) for part, _ in everyone)
-    return [everyone[i % world][0][i // world] for i in range(total)]
-
-
-def _as_is(batch):
-    return batch
-
-
-def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, dtype="float32", prompts=None,
-                 ranks=None, label=""):
-    """Zero-shot metrics of one CLIP on one set, in one pass over its images.
-
-    clip: encode_image (b,3,S,S) -> (b,E) unit, encode_text (b,L) -> (b,E) unit, .config and
-    .logit_scale, whose device is used.  folder: path or BenchmarkSet.  prompts: embed_texts' cache,
-    to share between sets.  ranks: a Ranks that ALL its processes call this with, or None: alone.
-    Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, main (the metric for
-    family means), family, type, n, classes, templates, captions, partial (unlike its row),
-    classnames_sha256, templates_sha256, samples_sha256, seconds, and hits {metric: (n,) or (m,)}.
-    """
-    benchmark = folder if isinstance(folder, BenchmarkSet) else BenchmarkSet(folder)
-    device, start = clip.logit_scale.device, time.time()
-    how = {"device": device, "dtype": dtype, "ranks": ranks, "label": label}
-    texts = benchmark.captions or [prompt for row in benchmark.prompts() for prompt in row]
-    cache = {} if prompts is None else prompts
-    text_embeddings = embed_texts(clip, tokenizer, texts, cache, **how)  # (m,E) or (C*T,E)
-    images = embed(clip.encode_image, Pixels(benchmark, clip.config.image_size),
-                   batch_size=batch_size, workers=workers, **how)  # (n,E)
-    if benchmark.type == "retrieval":
-        metrics, hits = retrieve(images, text_embeddings, benchmark.labels)
-    else:
-        shape = len(benchmark.classnames), len(benchmark.templates)
-        classes = class_vectors(text_embeddings, torch.arange(len(texts)).view(shape))
-        measure = classify if benchmark.type == "classification" else rank_labels
-        metrics, hits = measure(images, classes, benchmark.labels)
-    row = ROW_OF.get(benchmark.name)
-    return {"metrics": metrics, "main": row.main if row else _MAIN[benchmark.type],
-            "family": row.family if row else benchmark.family, "type": benchmark.type,
-            "n": len(benchmark), "classes": len(benchmark.classnames),
-            "templates": len(benchmark.templates), "captions": len(benchmark.captions),
-            "partial": bool(unlike_row(benchmark)),
-            **benchmark.fingerprints, "seconds": round(time.time() - start, 2), "hits": hits}
-
-
-class _TripletPixels(Dataset):
-    """Triplets as items of `embed`: an index is a triplet, that is three images."""
-
-    def __init__(self, triplets, size):
-        self.triplets, self.size = triplets, size
-
-    def __len__(self):
-        return len(self.triplets)
-
-    def __getitems__(self, rows):
-        try:
-            return self.triplets.load(self.size, rows).flatten(0, 1)  # (b,3,3,S,S) -> (3b,3,S,S)
-        except ValueError as error:
-            return str(error)
-
-
-def evaluate_triplets(encode, triplets, size, device, batch_size=256, workers=0, dtype="float32",
-                      ranks=None, label=""):
-    """2AFC of an image tower on triplets: {"nights": task} as evaluate_set has it.
-
-    encode: (b,3,S,S) -> (b,E) unit.  Where the file tells ImageNet's triplets apart, also
-    "nights-imagenet" and "nights-no-imagenet".  Ties count half.
-    """
-    start = time.time()
-    embeddings = embed(encode, _TripletPixels(triplets, size), device, max(1, batch_size // 3),
-                       workers, dtype, ranks, label).unflatten(0, (-1, 3))  # (3n,E) -> (n,3,E)
-    scores = two_afc(*embeddings.unbind(1), torch.from_numpy(triplets.labels)).numpy()  # (n,)
-    parts = {"nights": np.ones(len(scores), bool)}
-    if triplets.is_imagenet is not None:
-        parts |= {"nights-imagenet": triplets.is_imagenet,
-                  "nights-no-imagenet": ~triplets.is_imagenet}
-    return {name: {"metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
-                   "family": "nights", "part_of": None if name == "nights" else "nights",
-                   "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
-                   "captions": 0, "samples_sha256": triplets.fingerprint,
-                   "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
-            for name, part in parts.items() if part.any()}

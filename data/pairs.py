@@ -21,34 +21,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from data.images import (DRAWS, Augmentation, BadImage, decode, draw_augmentation, eval_image,
-                         train_image)
+from data.images import (DRAWS, Augmentation, BadImage, decode, draw_augmentation,
+                         eval_image, train_image)
+from data.order import epoch_order, sample_rng
 from data.shards import Shards, index_shards
 
 GIVE_UP = 1000  # bad images in a row: a folder of nothing else would be searched for days
 SHARED_MEMORY = "/dev/shm"  # where worker processes leave their batches
-
-
-def epoch_order(seed, epoch, n):
-    """The permutation of an epoch: (n,) uint32 sample numbers by position."""
-    order = np.arange(n, dtype=np.uint32)
-    _generator(seed, epoch, 1, 0).shuffle(order)
-    return order
-
-
-def sample_rng(seed, epoch, sample):
-    """The generator of everything that is drawn for one sample in one epoch."""
-    return _generator(seed, epoch, 0, sample)
-
-
-def _generator(seed, epoch, purpose, number):
-    """Philox is made to be keyed: nearby keys and counters give unrelated streams.
-
-    The two upper words of the counter are ours; drawing counts in the two lower ones.
-    """
-    return np.random.Generator(np.random.Philox(
-        key=np.array([seed, epoch], np.uint64),
-        counter=np.array([0, 0, purpose, number], np.uint64)))
 
 
 class Pairs(Dataset):

@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+
 # Its functions keep the group of this moment as their default: none yet. Imported later, as DDP
 # would, they hold the run's group beyond leave(), and gloo's threads go on into Python's exit.
 import torch.distributed.nn  # noqa: F401

@@ -17,16 +17,12 @@ a million pairs, plus the disk's time for headers and captions; a process holds 
 and an interrupted build goes on after the shards it has finished. A shard whose size or time has
 changed makes the index stale: copy data with their times (cp -a, rsync -a), or pay again.
 """
-import argparse
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
 import shutil
-import sys
-import tarfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,8 +32,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from configs import run_main
-from data.progress import Progress
+from data.log import Progress
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 FORMAT = "perceptual-clip index 1"
@@ -54,50 +49,9 @@ MENDED = ("duplicate key", "NUL in caption", "caption not UTF-8")
 
 # ---------------------------------------------------------------- writing
 
-def write_tar(path, members):
-    """Write (name, bytes) members to a tar: whole or not at all, and the same bytes every time."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)  # owner, group and time are 0
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def write_shards(folder, samples, per_shard=10_000):
-    """Write samples (key, kind, image bytes, captions) to 00000.tar, ...; return how many.
-
-    kind: one of IMAGE_KINDS. captions: str or None; white space becomes single spaces (a line is a
-    caption), lone surrogates become "?", None and blank ones are left out. A sample left without a
-    caption is written all the same: indexing counts and names it. Raises ValueError for a key or a
-    kind that would not be found again, and for a folder that has shards (two runs would mix).
-    """
-    folder = Path(folder)
-    if any(folder.glob("*.tar")):
-        raise ValueError(f"{folder} holds .tar files already; delete them or name another folder")
-    written, samples = 0, iter(samples)
-    for shard, first in enumerate(samples):  # taking the first here, so that no shard is empty
-        counted = Counter()
-        some = itertools.chain([first], itertools.islice(samples, per_shard - 1))
-        write_tar(folder / f"{shard:05d}.tar", _members_of(some, counted))
-        written += counted["samples"]
-    return written
-
-
-def _members_of(samples, counted):
-    for key, kind, image, captions in samples:
-        if "." in key.rpartition("/")[2] or kind not in IMAGE_KINDS:
-            raise ValueError(f"key={key!r}, kind={kind!r}: a key has no dot in its last part, "
-                             f"a kind is one of {', '.join(IMAGE_KINDS)}")
-        lines = [" ".join(caption.split()) for caption in captions if caption is not None]
-        text = "".join(line + "\n" for line in lines if line)
-        yield f"{key}.{kind}", image
-        yield f"{key}.txt", text.encode(errors="replace")
-        counted["samples"] += 1
-
 
 @contextmanager
-def _replacing(path):
+def replacing(path):
     """A binary file that becomes `path` when the block ends well, and nothing when it does not."""
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
@@ -302,7 +256,7 @@ def _find_shards(folder):
     found = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.tar")))
     shards = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found}
     if not shards:
-        raise FileNotFoundError(f"{folder} holds no .tar shards; see python -m data.pack --help")
+        raise FileNotFoundError(f"{folder} holds no .tar shards; see python -m data.prepare.own --help")
     return shards
 
 
@@ -351,7 +305,7 @@ def _index_shard(job, tokenizer):
     captions = [line for sample in samples for line in sample[3]]
     ids = tokenizer.encode(captions) if tokenizer and captions else [[] for _ in captions]
     digest = hashlib.sha256(rows.tobytes() + keys + "\n".join(captions).encode())
-    with _replacing(part) as file:
+    with replacing(part) as file:
         np.savez(file, samples=rows, keys=np.frombuffer(keys, np.uint8),
                  ids=np.fromiter(itertools.chain.from_iterable(ids), np.uint16),
                  starts=np.cumsum([0, *map(len, ids)], dtype=np.uint64)[:-1],
@@ -486,54 +440,3 @@ class Shards:
 
 
 # ---------------------------------------------------------------- commands
-
-def check_shards(folder):
-    """Read and decode everything once, in parallel; print and return what is wrong.
-
-    Needs no index and makes none. FOLDER/held_out is a folder of its own. Returns
-    {reason: {"count", "examples"}}, empty when all is well.
-    """
-    sizes = {name: size for name, (size, _) in _find_shards(folder).items()}
-    total, jobs = sum(sizes.values()), [Path(folder) / name for name in sizes]
-    progress, pairs, problems = Progress("checking", total / 1e6, "MB"), 0, {}
-    for size, (good, some) in zip(sizes.values(), _in_parallel(_check_shard, jobs, total)):
-        pairs += good
-        _add_problems(problems, some)
-        progress.add(size / 1e6)
-    bad = sum(entry["count"] for entry in problems.values())
-    print(f"checked {folder}: {pairs:,} good pairs in {len(sizes)} shards, {bad:,} problems",
-          *report(problems), sep="\n")
-    return problems
-
-
-def _check_shard(path):
-    """How many samples of a shard can be trained on, and {reason: [names]} of the others."""
-    from data.images import BadImage, decode  # here, as indexing should not wait for torch
-    samples, problems = read_shard(path)
-    good = 0
-    with open(path, "rb") as file:
-        for key, (at, size), _, _ in samples:
-            try:
-                decode(os.pread(file.fileno(), size, at))
-                good += 1
-            except BadImage as bad:
-                problems.setdefault(f"image: {bad.reason}", []).append(_name(path, key))
-    return good, problems
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.shards",
-                                     description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("index", "check"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--vocabulary", help="index: a .tiktoken file, to store token ids too")
-    options = parser.parse_args(argv)
-    if options.command == "check":
-        sys.exit(1 if check_shards(options.folder) else 0)
-    from data.text import Tokenizer
-    tokenizer = Tokenizer(options.vocabulary) if options.vocabulary else None
-    print(f"{index_shards(options.folder, tokenizer):,} pairs are indexed")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -45,7 +45,7 @@ class Tokenizer:
             if not Path(vocabulary).is_file():
                 raise FileNotFoundError(
                     f"vocabulary {vocabulary}: no such file; CLIP's is made by "
-                    "`python -m data.prepare_vocabulary`, the toy world's by `python -m data.toy`")
+                    "`python -m data.prepare.vocabulary`, the toy world's by `python -m data.prepare.toy`")
             self.text = Path(vocabulary).read_text(encoding="utf-8")
         ranks = read_ranks(self.text, "vocabulary" if vocabulary == self.text else vocabulary)
         self.start, self.end, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
@@ -109,7 +109,7 @@ def read_ranks(text, name):
     bytes_needed = {bytes([byte]) + mark for byte in range(256) for mark in (b"", b"\0")}
     if sorted(ranks.values()) != list(range(len(lines))) or not bytes_needed <= ranks.keys():
         raise ValueError(f"{name}: ranks 0 to n - 1 and all bytes, without and with NUL, needed; "
-                         "`python -m data.prepare_vocabulary` makes such a file")
+                         "`python -m data.prepare.vocabulary` makes such a file")
     return ranks
 
 

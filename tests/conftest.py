@@ -8,7 +8,7 @@ torch.set_num_threads(1)  # results do not depend on how many cores the machine 
 @pytest.fixture(scope="session")
 def toy_world(tmp_path_factory):
     """Folder of a toy world with 601 pairs (a prime), in the formats of the real data."""
-    from data import toy
+    from data.prepare import toy
     folder = tmp_path_factory.mktemp("toy") / "world"
     toy.main([f"--out={folder}", "--pairs=601", "--held_out=53", "--triplets=400", "--per_set=48",
               "--processes=1"])

@@ -15,7 +15,11 @@ import torch
 from PIL import Image
 
 from data import benchmarks
-from data.benchmarks import LISTS, ROWS, BenchmarkSet, evaluate_set, write_set
+from data.prepare import tars
+from data.benchmarks import LISTS, ROWS, BenchmarkSet
+from data.prepare.tars import write_set
+import evaluate
+from evaluate import evaluate_set
 from data.images import MEAN, STD, eval_image
 from data.text import Tokenizer
 from data.triplets import Triplets
@@ -158,7 +162,7 @@ def cut(folder, size):
 
 
 def rewrite(folder, members):
-    benchmarks.write_tar(shard_of(folder), members)
+    tars.write_tar(shard_of(folder), members)
 
 
 def write(folder, name, text):
@@ -346,7 +350,7 @@ def test_workers_change_nothing(tmp_path):
 def test_bfloat16_is_another_arithmetic_with_unit_float32_embeddings(tmp_path):
     clip = CLIP(dataclasses.replace(SIZES["toy"], vocab_size=TOKENIZER.size)).eval()
     cpu = torch.device("cpu")
-    both = [benchmarks.embed_texts(clip, TOKENIZER, ["a dog", "cats"], {}, cpu, dtype=dtype)
+    both = [evaluate.embed_texts(clip, TOKENIZER, ["a dog", "cats"], {}, cpu, dtype=dtype)
             for dtype in ("float32", "bfloat16")]
     assert both[1].dtype == torch.float32 and not torch.equal(*both)
     assert torch.allclose(both[1].norm(dim=1), torch.ones(2), atol=1e-6)
@@ -361,7 +365,7 @@ def test_ties_count_half_in_2afc(tmp_path):
                                     "ref.png,near.png,far.png,1,test\n"  # wrong
                                     "ref.png,near.png,near.png,1,test\n"  # a tie
                                     "ref.png,far.png,near.png,1,test\n")  # right
-    task = benchmarks.evaluate_triplets(PlantedCLIP().encode_image,
+    task = evaluate.evaluate_triplets(PlantedCLIP().encode_image,
                                         Triplets(tmp_path / "t.csv", "test"), 8,
                                         torch.device("cpu"))["nights"]
     assert task["metrics"]["2afc"] == 2.5 / 4
@@ -381,7 +385,7 @@ def test_accuracies_equal_clip_benchmarks_with_ties_and_absent_classes():
     sklearn = pytest.importorskip("sklearn.metrics", reason="tests/requirements.txt has it")
     images, classes = features(3000, 6, 0), features(30, 6, 1)
     labels = torch.randint(0, 25, (3000,), generator=torch.Generator().manual_seed(2))  # 5 absent
-    metrics, _ = benchmarks.classify(images, classes, labels.numpy())
+    metrics, _ = evaluate.classify(images, classes, labels.numpy())
     logits = 100.0 * images @ classes.T
     ranked = logits.topk(5, 1, True, True)[1]  # its accuracy(): ties fall as topk lets them
     right = ranked.eq(labels[:, None])
@@ -395,7 +399,7 @@ def test_average_precision_equals_the_written_out_mean_with_ties_and_an_absent_c
     images, classes = features(400, 5, 3), features(7, 5, 4)
     truth = np.random.default_rng(0).random((400, 7)) < 0.2
     truth[:, 6] = False
-    metrics, _ = benchmarks.rank_labels(images, classes, truth)
+    metrics, _ = evaluate.rank_labels(images, classes, truth)
     logits = (100.0 * images @ classes.T).numpy()
     expected = []
     for c in range(7):
@@ -412,7 +416,7 @@ def test_average_precision_equals_scikit_learns_without_ties():
     sklearn = pytest.importorskip("sklearn.metrics", reason="tests/requirements.txt has it")
     rng = np.random.default_rng(1)
     scores, truth = torch.from_numpy(rng.permutation(500).astype(float)), rng.random(500) < 0.1
-    assert benchmarks.average_precision(scores, torch.from_numpy(truth)) == pytest.approx(
+    assert evaluate.average_precision(scores, torch.from_numpy(truth)) == pytest.approx(
         sklearn.average_precision_score(truth, scores.numpy()), abs=1e-6)
 
 
@@ -420,7 +424,7 @@ def test_recalls_equal_the_written_out_definition_with_ties_and_uneven_captions(
     rng = np.random.default_rng(2)
     image_of = np.repeat(np.arange(200), rng.integers(1, 6, 200))
     images, captions = features(200, 5, 5), features(len(image_of), 5, 6)
-    metrics, _ = benchmarks.retrieve(images, captions, image_of)
+    metrics, _ = evaluate.retrieve(images, captions, image_of)
     scores = captions @ images.T  # (m,n)
     own = torch.from_numpy(image_of)[:, None] == torch.arange(200)  # (m,n)
     for k in (1, 5, 10):
@@ -449,9 +453,9 @@ def test_classification_equals_the_package_clip_benchmark():
     logits, _ = package.run_classification(
         Finished, vectors, list(zip(images.split(100), labels.split(100))), "cpu", amp=False)
     unit = torch.nn.functional.normalize
-    classes = benchmarks.class_vectors(unit(prompts.flatten(0, 1), dim=-1),
+    classes = evaluate.class_vectors(unit(prompts.flatten(0, 1), dim=-1),
                                        torch.arange(36).view(12, 3))
-    ours, _ = benchmarks.classify(unit(images, dim=-1), classes, labels.numpy())
+    ours, _ = evaluate.classify(unit(images, dim=-1), classes, labels.numpy())
     assert torch.allclose(classes.T, vectors, atol=1e-6)
     ranked = logits.topk(5, 1, True, True)[1].eq(labels[:, None])  # its accuracy() needs NumPy 1
     assert ours["acc1"] == pytest.approx(ranked[:, 0].float().mean().item(), abs=1e-6)
@@ -470,5 +474,5 @@ def test_retrieval_equals_the_package_clip_benchmark():
     theirs = package.evaluate(Finished, batches, torch.stack, "cpu", amp=False,
                               recall_k_list=[1, 5, 10])
     unit = torch.nn.functional.normalize
-    ours, _ = benchmarks.retrieve(unit(images, dim=-1), unit(captions, dim=-1), image_of)
+    ours, _ = evaluate.retrieve(unit(images, dim=-1), unit(captions, dim=-1), image_of)
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)

@@ -9,12 +9,14 @@ import textwrap
 import pytest
 
 import configs
+from data import log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = '''
 """A script of two settings."""
 from dataclasses import dataclass
-from configs import load_config, run_main
+from configs import load_config
+from data.log import run_main
 
 @dataclass
 class Config:
@@ -147,7 +149,7 @@ def test_help_prints_every_field_with_its_comment(run):
 def test_record_keeps_config_command_recipe_and_sources(tmp_path, monkeypatch):
     config, _, _ = load(tmp_path, "lr = 2.0\n")
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe.py"])
-    configs.write_record(tmp_path / "run", config, ROOT / "pretrain.py")
+    log.write_record(tmp_path / "run", config, ROOT / "pretrain.py")
     record = tmp_path / "run/record"
     assert json.loads((record / "config.json").read_text())["lr"] == 2.0
     assert "pretrain.py recipe.py" in (record / "command.txt").read_text()
@@ -157,19 +159,19 @@ def test_record_keeps_config_command_recipe_and_sources(tmp_path, monkeypatch):
 
 def test_resume_with_another_setting_names_key_and_both_values():
     with pytest.raises(ValueError, match=r"lr was 0.1 .* is 0.2 now"):
-        configs.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.2, "workers": 2}, ("workers",))
-    configs.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.1, "workers": 2}, ("workers",))
+        log.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.2, "workers": 2}, ("workers",))
+    log.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.1, "workers": 2}, ("workers",))
 
 
 def test_log_that_goes_on_drops_records_after_the_checkpoint(tmp_path, capsys):
-    log = configs.RunLog(tmp_path, 10)
+    run_log = log.RunLog(tmp_path, 10)
     for step in (1, 2, 3):
-        log.write({"step": step, "loss": 1.0})
-    with open(log.path, "a") as file:
+        run_log.write({"step": step, "loss": 1.0})
+    with open(run_log.path, "a") as file:
         file.write('{"step": 4, "lo')  # a crash cut this line
-    log = configs.RunLog(tmp_path, 10, start_step=2)
-    log.write({"step": 3, "loss": 0.5})
-    records = [json.loads(line) for line in open(log.path)]
+    run_log = log.RunLog(tmp_path, 10, start_step=2)
+    run_log.write({"step": 3, "loss": 0.5})
+    records = [json.loads(line) for line in open(run_log.path)]
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
@@ -177,7 +179,7 @@ def test_previous_checkpoints_are_kept_newest_first(tmp_path):
     path = tmp_path / "ckpt.pt"
     for content in "abcd":
         if path.exists():
-            configs.keep_previous(str(path), 2)
+            log.keep_previous(str(path), 2)
         (tmp_path / "new").write_text(content)
         (tmp_path / "new").rename(path)
     assert [(tmp_path / name).read_text() for name in ("ckpt.pt", "ckpt_1.pt", "ckpt_2.pt")] == [

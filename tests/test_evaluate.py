@@ -17,9 +17,11 @@ from PIL import Image
 
 import evaluate
 from data import benchmarks
-from data.benchmarks import LISTS, write_set
-from data.neighbours import Pool
-from data.shards import write_shards
+from data.prepare import tars
+from data.benchmarks import LISTS
+from data.prepare.tars import write_set
+from data.look import Pool
+from data.prepare.tars import write_shards
 from data.text import Tokenizer
 from model import CLIP, FORMAT, SIZES, export_clip, load_clip, write_checkpoint
 
@@ -161,7 +163,7 @@ def test_the_figures_are_those_of_the_metric_functions(world):
     out = run(world, world / "base" / "ckpt.pt")
     clip = load_clip(world / "base" / "ckpt.pt")
     for name, folder in benchmarks.find_sets(world / "sets").items():
-        direct = benchmarks.evaluate_set(clip, Tokenizer(BYTES), folder)
+        direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)
         assert read(out / "base.json")["tasks"][name]["metrics"] == direct["metrics"]
         with np.load(out / "base.npz") as arrays:
             for metric, hits in direct["hits"].items():
@@ -177,12 +179,12 @@ def test_precision_is_recorded_and_another_one_is_measured_anew(world):
 
 def counted(monkeypatch):
     """The names of the sets that evaluate_set is called for, as they come."""
-    calls, real = [], benchmarks.evaluate_set
+    calls, real = [], evaluate.evaluate_set
 
     def count(clip, tokenizer, found, *rest):
         calls.append(found.name)
         return real(clip, tokenizer, found, *rest)
-    monkeypatch.setattr(benchmarks, "evaluate_set", count)
+    monkeypatch.setattr(evaluate, "evaluate_set", count)
     return calls
 
 
@@ -213,7 +215,7 @@ def test_a_changed_template_is_measured_anew(world, monkeypatch):
 def test_an_evaluation_that_breaks_off_keeps_its_finished_sets(world, monkeypatch):
     shutil.move(world / "sets/wds_scenes_test", world / "kept")
     broken = draw_set(world / "sets", "zigzag", 2)
-    benchmarks.write_tar(f"{broken}/test/0.tar", [("s1.png", b"<html>"), ("s1.cls", b"0")])
+    tars.write_tar(f"{broken}/test/0.tar", [("s1.png", b"<html>"), ("s1.cls", b"0")])
     with pytest.raises(ValueError, match="s1.png: undecodable"):
         run(world, world / "base" / "ckpt.pt")
     assert list(read(world / "out/base.json")["tasks"]) == ["letters"]
@@ -341,7 +343,7 @@ def test_foreign_weights_get_the_figures_of_the_same_weights_in_our_file(world, 
     result = read(run(world, path, vocabulary=world / "bytes.tiktoken", **more)
                   / f"{path.stem}.json")
     assert (result["source"], result["samples"], result["quick_gelu"]) == (layout, None, True)
-    direct = benchmarks.evaluate_set(clip, Tokenizer(BYTES), world / "sets/wds_letters_test")
+    direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), world / "sets/wds_letters_test")
     assert result["tasks"]["letters"]["metrics"] == direct["metrics"]
 
 

@@ -229,7 +229,7 @@ def hugging_face_clip(config):
     ("small", SMALL), ("small, quick-GELU", replace(SMALL, quick_gelu=True)),
     ("ViT-B-32", replace(SIZES["ViT-B-32"], quick_gelu=True))], ids=lambda value: str(value)[:17])
 def test_embeddings_logits_and_gradients_equal_transformers(name, config):
-    from data import foreign
+    from data import weights as foreign
     theirs = hugging_face_clip(config)
     with torch.device("meta"):
         clip = CLIP(config)

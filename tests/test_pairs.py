@@ -12,10 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.images import Augmentation, augment_batch, decode, eval_image
-from data.pairs import (BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory, epoch_order,
-                        sample_rng)
+from data.order import epoch_order, sample_rng
+from data.pairs import BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory
 from data.ranks import Ranks
-from data.shards import write_shards
+from data.prepare.tars import write_shards
 from data.text import Tokenizer
 
 BYTES = [bytes([value]) for value in range(256)]

@@ -23,7 +23,8 @@ import pretrain
 from configs import load_config
 from data.images import normalise
 from data.text import Tokenizer
-from data.triplets import Triplets, embed_triplets, two_afc
+from data.triplets import Triplets
+from evaluate import embed_triplets, two_afc
 from model import (CLIP, FORMAT, SIZES, VisionTower, load_clip, load_vision, read_checkpoint,
                    write_checkpoint)
 from perceptual_init import Config, triplet_loss

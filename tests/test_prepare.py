@@ -19,9 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import benchmarks, prepare_benchmarks, prepare_nights, prepare_yfcc15m
-from data.download import CHUNK, download, hub_files
-from data.progress import Progress
+from data import benchmarks
+from data.prepare.tars import write_set
+from data.prepare import benchmarks as prepare_benchmarks
+from data.prepare import nights as prepare_nights
+from data.prepare import yfcc15m as prepare_yfcc15m
+from data.prepare.download import CHUNK, download, hub_files
+from data.log import Progress
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
 
@@ -182,7 +186,7 @@ def test_a_busy_server_is_asked_again(tmp_path):
 
 
 def test_a_server_that_falls_silent_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.download.TIMEOUT", 0.1)
+    monkeypatch.setattr("data.prepare.download.TIMEOUT", 0.1)
     with Server({"/a.bin": b"abc"}, pauses=[0.3]) as server:
         path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
         assert path.read_bytes() == b"abc"
@@ -374,7 +378,7 @@ def hub_set(folder, home, name, n, classes, retrieval=False):
     samples = [(f"s{i:07d}", "png", png(i), captions if retrieval else i % classes)
                for i in range(n)]
     kind = "retrieval" if retrieval else "classification"
-    made = benchmarks.write_set(folder, "made", [f"c{i}" for i in range(classes)], ["a {c}."],
+    made = write_set(folder, "made", [f"c{i}" for i in range(classes)], ["a {c}."],
                                 samples, dataset_type=kind, per_shard=3)
     files = {f"/datasets/{home}/{name}/resolve/main/{path.relative_to(made)}": path.read_bytes()
              for path in Path(made).rglob("*.t*")}
@@ -564,7 +568,7 @@ def test_two_processes_fetch_and_convert_what_one_converts(release, tmp_path, vo
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(release, tmp_path, vocabulary):
     prepare(release, tmp_path / "whole", vocabulary)
-    code = ("import os, sys; from data import prepare_yfcc15m as p\n"
+    code = ("import os, sys; from data.prepare import yfcc15m as p\n"
             "seen, shrink = [], p.shrink\n"
             "def dying(*args, **kw):\n"
             "    seen.append(1)\n"
@@ -674,10 +678,10 @@ def test_without_pyarrow_one_line_says_what_to_install(release, tmp_path, vocabu
 
 def test_progress_gives_the_rate_since_the_first_unit_and_the_time_left(monkeypatch, capsys):
     clock = iter([0.0, 100.0, 100.0, 120.0, 120.0])  # made; the first unit after 100 s; +20 s
-    monkeypatch.setattr("data.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("data.log.time.monotonic", lambda: next(clock))
     line = Progress("files", 16, "files", done=5)
-    monkeypatch.setattr("data.progress._EVERY", 1e9)
+    monkeypatch.setattr("data.log._EVERY", 1e9)
     line.add()
-    monkeypatch.setattr("data.progress._EVERY", 0)
+    monkeypatch.setattr("data.log._EVERY", 0)
     line.add(2)
     assert capsys.readouterr().out == ("files: 8 of 16 files (50%), 0.1 files/s, eta 1.3 min\n")

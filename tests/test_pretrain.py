@@ -521,7 +521,8 @@ def test_held_out_figures_are_those_of_the_checkpoint(watched, toy_world):
 
 
 def test_watched_benchmarks_are_those_of_evaluate(watched, toy_world):
-    from data.benchmarks import evaluate_set, find_sets
+    from data.benchmarks import find_sets
+    from evaluate import evaluate_set
     from data.text import Tokenizer
     clip, sets = load_clip(watched[1]), find_sets(toy_world / "benchmarks")
     assert {f"zero_shot/{name}" for name in sets} <= watched[0][-1].keys()
@@ -698,7 +699,7 @@ def shards_with_bad_images(folder, share):
     import io
     import numpy as np
     from PIL import Image
-    from data.shards import write_shards
+    from data.prepare.tars import write_shards
     rng, samples = np.random.default_rng(0), []
     for i in range(1200):
         file = io.BytesIO()

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from data import shards
-from data.shards import Shards, caption_lines, index_shards, read_index, write_shards, write_tar
+from data.shards import Shards, caption_lines, index_shards, read_index
+from data.prepare.tars import write_shards, write_tar
+from data.prepare import check
 from data.text import Tokenizer
 
 BYTES = [bytes([value]) for value in range(256)]
@@ -362,7 +364,7 @@ def test_check_reports_bad_members_by_reason_and_exits_1(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [*pair("a"), ("b.jpg", b"<html>"), ("b.txt", b"b"),
                                    ("c.png", b""), ("c.txt", b"c"), ("d.png", picture())])
     with pytest.raises(SystemExit) as stop:
-        shards.main(["check", str(tmp_path)])
+        check.main(["check", str(tmp_path)])
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert "1 good pairs in 1 shards, 3 problems" in printed
@@ -374,5 +376,5 @@ def test_check_reports_bad_members_by_reason_and_exits_1(tmp_path, capsys):
 def test_check_of_sound_shards_exits_0(tmp_path):
     write_shards(tmp_path, samples(5), per_shard=2)
     with pytest.raises(SystemExit) as stop:
-        shards.main(["check", str(tmp_path)])
+        check.main(["check", str(tmp_path)])
     assert stop.value.code == 0

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import prepare_vocabulary
-from data.foreign import tokenizer_files
+from data.prepare import vocabulary as prepare_vocabulary
+from data.weights import tokenizer_files
 from data.text import Tokenizer, clean
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -234,13 +234,13 @@ def test_what_is_no_vocabulary_is_refused_in_one_line(text, tmp_path):
 
 
 def test_a_missing_vocabulary_says_what_to_do():
-    with pytest.raises(FileNotFoundError, match="prepare_vocabulary"):
+    with pytest.raises(FileNotFoundError, match="data.prepare.vocabulary"):
         Tokenizer("nowhere.tiktoken")
 
 
 def test_merges_that_are_not_clips_are_refused(tmp_path):
     (tmp_path / "merges.gz").write_bytes(b"other")
-    command = [sys.executable, "-m", "data.prepare_vocabulary", str(tmp_path / "out.tiktoken"),
+    command = [sys.executable, "-m", "data.prepare.vocabulary", str(tmp_path / "out.tiktoken"),
                f"--merges={tmp_path / 'merges.gz'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "sha256" in done.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import toy
+from data.prepare import toy
 from data.benchmarks import BenchmarkSet
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
@@ -51,7 +51,7 @@ def words_for(table):
 # --------------------------------------------------------------------------------- the command
 
 def test_same_seed_gives_the_same_bytes_whatever_the_processes(toy_world, tmp_path):
-    subprocess.run([sys.executable, "-m", "data.toy", f"--out={tmp_path / 'again'}", *SMALL,
+    subprocess.run([sys.executable, "-m", "data.prepare.toy", f"--out={tmp_path / 'again'}", *SMALL,
                     "--processes=2"], check=True, timeout=100)
     assert hashes(tmp_path / "again") == hashes(toy_world)
 

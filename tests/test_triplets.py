@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import images, triplets
-from data.triplets import Triplets, two_afc
+from data.prepare import triplets as conversions
+from data.triplets import Triplets
+import evaluate
+from evaluate import two_afc
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADER = ("id,left_vote,right_vote,votes,ref_path,left_path,right_path,split,is_imagenet,prompt"
@@ -221,7 +224,7 @@ def test_embeddings_of_a_split_are_unit_float32_in_order(nights):
 
     def encode(pixels):  # of any length and type
         return pixels.mean((2, 3)).double() * 7
-    sides = triplets.embed_triplets(encode, train, 8, "cpu", batch_size=5)
+    sides = evaluate.embed_triplets(encode, train, 8, "cpu", batch_size=5)
     expected = F.normalize(images.normalise(train.load(8).flatten(0, 1)).mean((2, 3)), dim=1)
     expected = expected.unflatten(0, (-1, 3))
     for j in range(3):
@@ -350,7 +353,7 @@ def test_things_keep_who_is_nearer(tmp_path):
     rng = np.random.default_rng(3)
     found = [rng.choice(30, 3, replace=False).tolist() for _ in range(400)]
     out = tmp_path / "out.csv"
-    counts = triplets.convert_things(things(tmp_path, found), listed(tmp_path, 30), out, 0)
+    counts = conversions.convert_things(things(tmp_path, found), listed(tmp_path, 30), out, 0)
     rows = read(out)
     number = {f"images/{i}.png": i for i in range(30)}
     for row, (anchor, positive, negative) in zip(rows, found, strict=True):
@@ -364,7 +367,7 @@ def test_things_keep_who_is_nearer(tmp_path):
 def test_converted_triplets_are_read_with_no_anchor_in_two_splits(tmp_path):
     found = [[i % 20, (i + 1) % 20, (i + 2) % 20] for i in range(200)]
     out = tmp_path / "out.csv"
-    counts = triplets.convert_things(things(tmp_path, found), listed(tmp_path, 20), out, 0)
+    counts = conversions.convert_things(things(tmp_path, found), listed(tmp_path, 20), out, 0)
     splits = {split: Triplets(out, split) for split in ("train", "val", "test")}
     anchors = [set(split.paths[:, 0]) for split in splits.values()]
     assert {name: len(split) for name, split in splits.items()} == counts
@@ -381,7 +384,7 @@ def test_mined_triplets_are_nearest_and_farthest_by_hand(tmp_path):
     matrix = distances(101)
     np.save(tmp_path / "m.npy", matrix)
     out = tmp_path / "out.csv"
-    triplets.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 101), out, 0, 14)
+    conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 101), out, 0, 14)
     number = {f"images/{i}.png": i for i in range(101)}
     pairs = {}
     for row in read(out):
@@ -399,8 +402,8 @@ def test_mined_triplets_are_nearest_and_farthest_by_hand(tmp_path):
 def test_mining_draws_fifty_an_anchor_and_splits_by_anchor(tmp_path):
     np.save(tmp_path / "m.npy", distances(300))  # 9 x 15 pairs an anchor
     out = tmp_path / "out.csv"
-    config = triplets.Config()
-    triplets.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 300), out, 0, config.per_anchor)
+    config = conversions.Config()
+    conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 300), out, 0, config.per_anchor)
     rows = read(out)
     split = {}
     for row in rows:
@@ -414,7 +417,7 @@ def test_a_conversion_is_the_same_for_the_same_seed_only(tmp_path):
     np.save(tmp_path / "m.npy", distances(40))
     texts = []
     for seed in (0, 0, 1):
-        triplets.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 40), tmp_path / "o.csv", seed, 5)
+        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 40), tmp_path / "o.csv", seed, 5)
         texts.append((tmp_path / "o.csv").read_text())
     assert texts[0] == texts[1] != texts[2]
 
@@ -431,7 +434,7 @@ def test_a_conversion_is_the_same_for_the_same_seed_only(tmp_path):
     ([[0, 1, 2], [1, 2, 0]], "anchor_idx,positive_idx,negative_idx", "too few anchors")])
 def test_faults_of_things_files_are_named(tmp_path, found, header, message):
     with pytest.raises(ValueError, match=message):
-        triplets.convert_things(things(tmp_path, found, header), listed(tmp_path, 5),
+        conversions.convert_things(things(tmp_path, found, header), listed(tmp_path, 5),
                                 tmp_path / "out.csv", 0)
     assert not list(tmp_path.glob("out*"))
 
@@ -440,10 +443,10 @@ def test_an_image_list_must_name_files_beside_the_csv(tmp_path):
     path = listed(tmp_path, 5)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(FileNotFoundError, match="list.txt, row 1: no file 'images/0.png' in"):
-        triplets.image_list(path, tmp_path / "elsewhere/out.csv")
+        conversions.image_list(path, tmp_path / "elsewhere/out.csv")
     path.write_text("images/0.png\n../secret.png\n")
     with pytest.raises(ValueError, match="list.txt, row 2, column 'path': '../secret.png' must be"):
-        triplets.image_list(path, tmp_path / "out.csv")
+        conversions.image_list(path, tmp_path / "out.csv")
 
 
 def changed(entry, value):
@@ -460,17 +463,17 @@ def changed(entry, value):
 def test_faults_of_a_matrix_are_named(tmp_path, matrix, message):
     np.save(tmp_path / "m.npy", matrix)
     with pytest.raises(ValueError, match=message):
-        triplets.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
+        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
 
 
 def test_a_pickled_matrix_is_never_opened(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="m.npy: not a NumPy file of numbers"):
-        triplets.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
+        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "data.triplets", *map(str, arguments)], cwd=ROOT,
+    return subprocess.run([sys.executable, "-m", "data.prepare.triplets", *map(str, arguments)], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
 
 
@@ -482,11 +485,11 @@ def test_the_command_converts_and_says_how_many(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["things", "t.csv", "list.txt"], "write: python -m data.triplets things TRIPLETS.csv"),
+    (["things", "t.csv", "list.txt"], "write: python -m data.prepare.triplets things TRIPLETS.csv"),
     (["things", "t.csv", "none.txt", "out.csv"], "none.txt: no such file")])
 def test_a_wrong_command_is_one_line_and_exit_2(tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["triplets.py", *arguments])
     with pytest.raises(SystemExit) as caught:
-        triplets.run_main(triplets.main)
+        conversions.run_main(conversions.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error

@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data.pairs import Pairs, epoch_order
-from data.shards import index_shards, write_shards
+from data.order import epoch_order
+from data.pairs import Pairs
+from data.prepare.tars import write_shards
+from data.shards import index_shards
 from model import SIZES, flops_per_pair
 from tests.bench import interleave, options, spread, start, table, totals
 from tests.bench.loader import PLAIN, Words, draw_jpeg

@@ -12,7 +12,7 @@ import itertools
 
 import torch
 
-from data import benchmarks
+import evaluate
 from data.text import Tokenizer
 from model import CLIP, SIZES
 from tests.bench import interleave, options, ratio, spread, start, table, totals
@@ -29,7 +29,7 @@ TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a sculpture of a {}.",
 
 
 class Fixed:
-    """The same random picture `count` times, as benchmarks.embed takes them."""
+    """The same random picture `count` times, as evaluate.embed takes them."""
 
     def __init__(self, count, size):
         self.count = count
@@ -62,7 +62,7 @@ def image_cases(clip, peer, args, device):
                 peer.encode_image(batch, normalize=True).float().cpu()
     cases = {}
     for dtype in ("float32", "bfloat16"):
-        cases["ours", dtype] = lambda mark, dtype=dtype: benchmarks.embed(
+        cases["ours", dtype] = lambda mark, dtype=dtype: evaluate.embed(
             clip.encode_image, items, device, args.batch, dtype=dtype)
         if peer:
             cases["open_clip", dtype] = lambda mark, dtype=dtype: theirs(dtype)
@@ -80,7 +80,7 @@ def text_cases(clip, tokenizer, peer, peer_tokenizer, args, device):
                 peer.encode_text(tokens, normalize=True).float().cpu()
     cases = {}
     for dtype in ("float32", "bfloat16"):
-        cases["ours", dtype] = lambda mark, dtype=dtype: benchmarks.embed_texts(
+        cases["ours", dtype] = lambda mark, dtype=dtype: evaluate.embed_texts(
             clip, tokenizer, prompts, {}, device, dtype=dtype)
         if peer:
             cases["open_clip", dtype] = lambda mark, dtype=dtype: theirs(dtype)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.images import MEAN, STD, Augmentation, augment_batch
 from data.pairs import PairBatches, Pairs, as_loaded
-from data.shards import write_shards
+from data.prepare.tars import write_shards
 from tests.bench import interleave, options, ratio, spread, start, table, totals
 
 PLAIN = Augmentation(crop=(0.9, 1.0))

@@ -8,7 +8,6 @@ batch 8 in fp32, ours and open_clip's (tests/bench/step.py). open_clip imports t
 that is installed, which it need not be: "bare" is without. Where torchvision is stood in for
 (tests/bench/peer.py) its own imports are missing from open_clip's time.
 """
-import os
 import subprocess
 import sys
 import tempfile
@@ -78,7 +77,7 @@ def main():
     open_clip, note = load_peer(args.peer)
     print(note)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "data.toy", f"--out={folder}/toy", "--pairs=400",
+        subprocess.run([sys.executable, "-m", "data.prepare.toy", f"--out={folder}/toy", "--pairs=400",
                         "--held_out=20", "--triplets=20", "--per_set=20"], check=True,
                        stdout=subprocess.DEVNULL)
         cases = cases_of(args, f"{folder}/toy", open_clip is not None)

@@ -10,7 +10,7 @@ last column counts captions with other ids; cleaning differs where text was brok
 """
 import random
 
-from data.prepare_vocabulary import published_merges, read_merges, tiktoken_text
+from data.prepare.vocabulary import published_merges, read_merges, tiktoken_text
 from data.text import Tokenizer
 from tests.bench import caption_lengths, interleave, options, ratio, spread, start, table, totals
 from tests.bench.peer import load_peer

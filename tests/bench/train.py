@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.prepare_vocabulary import published_merges, read_merges, tiktoken_text
-from data.shards import write_shards
+from data.prepare.vocabulary import published_merges, read_merges, tiktoken_text
+from data.prepare.tars import write_shards
 from data.text import Tokenizer
 from tests.bench import environment, options, spread, start, table
 from tests.bench.loader import draw_jpeg
@@ -37,7 +37,7 @@ def write_pairs(folder, count):
 
 def write_toy(folder, count):
     """A toy world of `count` pairs; returns pretrain.py's arguments for it."""
-    subprocess.run([sys.executable, "-m", "data.toy", f"--out={folder}/toy", f"--pairs={count}",
+    subprocess.run([sys.executable, "-m", "data.prepare.toy", f"--out={folder}/toy", f"--pairs={count}",
                     "--held_out=20", "--triplets=20", "--per_set=20"], check=True,
                    stdout=subprocess.DEVNULL)
     return ["configs/toy.py", f"--data={folder}/toy/pairs", "--held_out=", "--keep_at=()",

@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from data.progress import Progress
+from data.log import Progress
 
 CHUNK = 1 << 20  # bytes read at a time; an attempt that brings this much counts as progress
 TIMEOUT = 60.0   # seconds without a byte until a connection counts as dead

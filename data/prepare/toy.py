@@ -1,7 +1,7 @@
 """The toy world: everything the paper's experiment needs, drawn from a seed in seconds.
 
-    python -m data.toy                     # -> data/toy/{pairs,nights,benchmarks,vocabulary}
-    python -m data.toy --show=sheet.png    # a sheet to look at: scenes, triplets, benchmarks
+    python -m data.prepare.toy                     # -> data/toy/{pairs,nights,benchmarks,vocabulary}
+    python -m data.prepare.toy --show=sheet.png    # a sheet to look at: scenes, triplets, benchmarks
 
 Pictures of one to three objects on a backdrop, 64 pixels a side, stand in for the web's, in the
 very formats of the real data, so that nothing downstream knows that it is a toy:
@@ -33,8 +33,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configs import load_config, run_main
-from data.shards import write_tar
+from configs import load_config
+from data.log import run_main
+from data.prepare.tars import write_tar
 
 
 @dataclass

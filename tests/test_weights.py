@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from data import foreign
+from data import weights as foreign
 from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, export_clip, load_clip,
                    load_vision, read_checkpoint, weights_checksum, write_checkpoint)
 
@@ -115,7 +115,7 @@ def test_names_and_shapes_are_those_of_openais_vit_b_32():
 def test_transformers_opens_the_exported_folder(tmp_path):
     """Model, tokenizer and image processor; with CLIP's vocabulary the tokenizer's files are in."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
-    from data import prepare_vocabulary
+    from data.prepare import vocabulary as prepare_vocabulary
     from data.text import Tokenizer
     source = prepare_vocabulary.published_merges()
     if source == prepare_vocabulary.URL:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.images import decode
-from data.pack import caption_of_names, is_held_out, main, shrink
+from data.prepare.own import caption_of_names, is_held_out, main, shrink
 
 
 def picture(path, size=(40, 30), seed=0, **options):
@@ -185,7 +185,7 @@ def test_a_second_pack_of_one_name_is_refused(images, tmp_path):
 
 def test_an_interrupted_pack_leaves_no_shard_and_can_be_repeated(images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("data.pack.os.replace", None)  # dies when the first shard should appear
+        patch.setattr("data.prepare.own.os.replace", None)  # dies when the first shard should appear
         with pytest.raises(TypeError):
             run(images, tmp_path / "out", "--captions=names")
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -208,8 +208,8 @@ def test_a_caption_file_that_cannot_be_meant_is_named(images, tmp_path, name, te
 
 
 def test_the_command_says_an_error_in_one_line_and_exits_with_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "data.pack", "nowhere", str(tmp_path / "out"),
+    done = subprocess.run([sys.executable, "-m", "data.prepare.own", "nowhere", str(tmp_path / "out"),
                            "--captions=names"], capture_output=True, text=True, timeout=60,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
-    assert done.stderr.strip() == "pack.py: nowhere: no such folder"
+    assert done.stderr.strip() == "own.py: nowhere: no such folder"

@@ -1,8 +1,8 @@
 """Your own images and captions -> shards that pretrain.py reads.
 
-    python -m data.pack IMAGES TARGET --captions=captions.csv   # columns file,caption; or .jsonl
-    python -m data.pack IMAGES TARGET --captions=beside         # dog.txt describes dog.png
-    python -m data.pack IMAGES TARGET --captions=names          # from the names of files, folders
+    python -m data.prepare.own IMAGES TARGET --captions=captions.csv   # columns file,caption; or .jsonl
+    python -m data.prepare.own IMAGES TARGET --captions=beside         # dog.txt describes dog.png
+    python -m data.prepare.own IMAGES TARGET --captions=names          # from the names of files, folders
 
 IMAGES is searched with its subfolders. Files in a .csv or .jsonl (one {"file": ..., "caption": ...}
 a line) are relative to IMAGES; several rows of a file, or a list in .jsonl, are several captions,
@@ -24,21 +24,18 @@ import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from data.images import BadImage, load_rgb, open_image
-from data.progress import Progress
-from data.shards import write_shards
+from data.log import Progress, run_main
+from data.prepare.tars import in_order, write_shards
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they are
@@ -182,21 +179,6 @@ def is_held_out(name, share):
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def in_order(function, inputs, workers):
-    """map(function, inputs) over processes: results in order, a bounded number under way."""
-    if workers == 1:
-        yield from map(function, inputs)
-        return
-    # "spawn", although it imports torch anew (2 s): a forked copy of a process that has used
-    # torch's threads can hang
-    context, inputs = multiprocessing.get_context("spawn"), iter(inputs)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        running = deque(pool.submit(function, item) for item in islice(inputs, 8 * workers))
-        while running:
-            yield running.popleft().result()
-            running.extend(pool.submit(function, item) for item in islice(inputs, 1))
-
-
 def packed(images, pairs, args, seen, skipped):
     """Yield write_shards' samples of [(picture, captions)]; append what is left out to skipped.
 
@@ -250,7 +232,7 @@ def pack(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.pack", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data.prepare.own", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of pictures")
     parser.add_argument("target", type=Path, help="folder for the shards")
@@ -276,5 +258,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from configs import run_main
     run_main(main)

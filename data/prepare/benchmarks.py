@@ -1,9 +1,9 @@
 """Fetches the evaluation sets of data/benchmarks.py's table and checks each against its row.
 
-    python -m data.prepare_benchmarks --list                          # the rows, and what is here
-    python -m data.prepare_benchmarks --only=cifar10,vtab-dtd         # into data/benchmarks
-    python -m data.prepare_benchmarks /big/disk --home=clip-benchmark # all rows, the other home
-    python -m data.prepare_benchmarks fashion-mnist FOLDER TARGET     # a set from files at hand
+    python -m data.prepare.benchmarks --list                          # the rows, and what is here
+    python -m data.prepare.benchmarks --only=cifar10,vtab-dtd         # into data/benchmarks
+    python -m data.prepare.benchmarks /big/disk --home=clip-benchmark # all rows, the other home
+    python -m data.prepare.benchmarks fashion-mnist FOLDER TARGET     # a set from files at hand
 
 Both homes are on the Hugging Face hub and hold the layout that evaluate.py reads, so a set is a
 copy of its files; the same command goes on where it was stopped. FOLDER of the last form holds the
@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.benchmarks import ROWS, BenchmarkSet, find_sets, unlike_row, write_set
-from data.download import download, hub_files
+from data.benchmarks import ROWS, BenchmarkSet, find_sets, unlike_row
+from data.log import run_main
+from data.prepare.download import download, hub_files
+from data.prepare.tars import write_set
 
 HOMES = {"djghosh": "wds_{}_test", "clip-benchmark": "wds_{}"}  # owner: form of a set's name
 # A set's own files; the homes also keep a README and git's attributes.
@@ -129,7 +131,7 @@ def fashion_mnist(folder, target):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("python -m data.prepare_benchmarks", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data.prepare.benchmarks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] == ["fashion-mnist"]:
         parser.add_argument("set")
@@ -158,5 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from configs import run_main
     run_main(main)

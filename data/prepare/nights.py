@@ -1,7 +1,7 @@
 """Fetches NIGHTS, the 20,019 judgements of DreamSim (arXiv 2306.09344), or checks a folder of it.
 
-    python -m data.prepare_nights                       # into data/nights
-    python -m data.prepare_nights /big/disk/nights      # where it lies already: only the check
+    python -m data.prepare.nights                       # into data/nights
+    python -m data.prepare.nights /big/disk/nights      # where it lies already: only the check
 
 A new folder gets nights.zip, then its files, data.csv last: a stopped run goes on where it was. The
 zip is deleted once everything is out. Together they need about twice the 58 GB of the pictures.
@@ -15,8 +15,8 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from data.download import check_room, download
-from data.progress import Progress
+from data.log import Progress, run_main
+from data.prepare.download import check_room, download
 from data.triplets import csv_file, read_rows
 
 URL = "https://data.csail.mit.edu/nights/nights.zip"  # as DreamSim's own download script has it
@@ -107,7 +107,7 @@ def check(folder, counts):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.prepare_nights", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data.prepare.nights", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="data/nights", type=Path)
     parser.add_argument("--url", default=URL, help="where the zip is; default: its publishers")
@@ -125,5 +125,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from configs import run_main
     run_main(main)

@@ -310,7 +310,7 @@ def tokenizer_files(vocabulary, context_length):
     There each byte is spelled as a printable character (GPT-2's table: the printable ones of
     Latin-1 stand for themselves, the others follow from U+0100 on) and a word ends with "</w>".
     """
-    # data/prepare_vocabulary.py goes the other way; tests compare its input with this output
+    # data/prepare/vocabulary.py goes the other way; tests compare its input with this output
     ranks = {base64.b64decode(token): int(rank)
              for token, rank in (line.split() for line in vocabulary.splitlines())}
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]

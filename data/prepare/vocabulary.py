@@ -1,7 +1,7 @@
 """CLIP's vocabulary: its published merges -> a `.tiktoken` file (see data/text.py).
 
-    python -m data.prepare_vocabulary                            # -> data/clip.tiktoken
-    python -m data.prepare_vocabulary --merges=bpe_simple_vocab_16e6.txt.gz
+    python -m data.prepare.vocabulary                            # -> data/clip.tiktoken
+    python -m data.prepare.vocabulary --merges=bpe_simple_vocab_16e6.txt.gz
 
 The merges (1.4 MB) are taken from --merges, a file or an address; without it from an installed
 open_clip (`pip install --no-deps open_clip_torch` is enough), and else from OpenAI's repository.
@@ -14,6 +14,8 @@ import hashlib
 import importlib.util
 import tempfile
 from pathlib import Path
+
+from data.log import run_main
 
 NAME = "bpe_simple_vocab_16e6.txt.gz"
 URL = f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{NAME}"
@@ -30,7 +32,7 @@ def published_merges():
 def read_merges(source):
     """The merges' file, of a path or an address, as text; checked against SHA256."""
     if source.startswith(("https://", "http://")):
-        from data.download import download
+        from data.prepare.download import download
         with tempfile.TemporaryDirectory() as folder:
             packed = download(source, Path(folder, NAME), sha256=SHA256).read_bytes()
     else:
@@ -66,7 +68,7 @@ def tiktoken_text(merges):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.prepare_vocabulary", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data.prepare.vocabulary", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", default="data/clip.tiktoken", type=Path)
     parser.add_argument("--merges", help="file or address; default: an installed open_clip's, or "
@@ -82,5 +84,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from configs import run_main
     run_main(main)

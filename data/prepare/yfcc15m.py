@@ -1,6 +1,6 @@
 """YFCC15M as released (Kaichengalex/YFCC15M) -> shards: 15,061,515 recaptioned pairs, 1.12 TB.
 
-    python -m data.prepare_yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
+    python -m data.prepare.yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
 
 SOURCE: https://huggingface.co/datasets/Kaichengalex/YFCC15M, or a folder of its .parquet files.
 TARGET gets one tar a parquet file, of the same name, with pictures at a short side of 256 (JPEG,
@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.download import HubFile, check_room, download, hub_files
 from data.images import BadImage
-from data.pack import in_order, shrink
-from data.progress import Progress
-from data.shards import write_tar
+from data.log import Progress, run_main
+from data.prepare.download import HubFile, check_room, download, hub_files
+from data.prepare.own import shrink
+from data.prepare.tars import in_order, write_tar
 from data.text import Tokenizer
 
 FILES, ROWS = 1_507, 15_061_515  # of the release (its data card)
@@ -176,11 +176,11 @@ def sum_up(target):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.prepare_yfcc15m", description=__doc__,
+    parser = argparse.ArgumentParser("python -m data.prepare.yfcc15m", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="address of the data set, or a folder of .parquet files")
     parser.add_argument("target", type=Path, help="folder for the shards")
-    parser.add_argument("--vocabulary", required=True, help="CLIP's, by data.prepare_vocabulary")
+    parser.add_argument("--vocabulary", required=True, help="CLIP's, by data.prepare.vocabulary")
     parser.add_argument("--files", type=int, help="only the first so many, to try it out")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes")
     args = parser.parse_args(argv)
@@ -213,5 +213,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from configs import run_main
     run_main(main)

@@ -1,0 +1,1 @@
+"""Every command that makes, fetches or converts data: `python -m data.prepare.NAME --help`."""
