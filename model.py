@@ -313,6 +313,33 @@ def write_checkpoint(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def host_copy(value):
+    """Tensors in nested dicts, lists and tuples, copied to the host: later steps leave them alone."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: host_copy(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(host_copy(entry) for entry in value)
+    return value
+
+
+def copy_weights(path, module):
+    """Put the weights of a file into a CLIP or VisionTower of the same shape, every tensor.
+
+    Returns the line that says so. ValueError if a size differs.
+    """
+    kind = "vision" if isinstance(module, VisionTower) else "clip"
+    source = load(path, kind, None)
+    for field, ours in asdict(module.config).items():
+        theirs, of_text = getattr(source.config, field), field.startswith(("text", "vocab", "context"))
+        if theirs != ours and (kind == "clip" or not of_text):
+            raise ValueError(f"{path}: its {field} is {theirs}, this run's {ours}")
+    module.load_state_dict(source.state_dict())
+    return (f"{path}: {len(source.state_dict())} tensors, "
+            f"checksum {weights_checksum(source.state_dict())}")
+
+
 def read_file(path):
     """A file of torch.save as a dict, without running code from it; errors take one line."""
     if not Path(path).is_file():

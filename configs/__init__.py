@@ -1,215 +1,263 @@
-"""Recipes over defaults, and the record of a run.
+"""Recipes over defaults.
 
-A script's settings are the fields of its `Config` dataclass. A recipe is a Python file whose
-assignments override them; it may compute, build on another (`from configs.yfcc import *`), and
-define a function with the name and signature of one of the script's functions, which it then
-replaces for this run. Order: defaults < recipes as given < --key=value.
+A script's settings are the fields of its `Config` dataclass. A recipe is a Python file. Its
+assignments override settings, and its functions replace the script's functions of the same name
+that the script lists in HOOKS. Defaults < recipes in their order < --key=value.
 
     python pretrain.py configs/toy.py --seed=3 --out_dir=out/toy_seed3
+    python pretrain.py configs/toy.py configs/ideas/siglip.py
+
+A recipe may compute, and may build on another (`from configs.yfcc import *`). A typed assignment
+(`keep: float = 1.0`) makes a setting of the recipe's own. Names that begin with an underscore or a
+capital letter, and imported modules, classes and functions, are the recipe's own business.
 """
 import ast
-import ctypes
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
-import pathlib
-import runpy
 import sys
 import types
+from pathlib import Path
 
-# OpenMP reads these when torch is loaded, so scripts import configs first. Threads that wait for
-# each other look a thousand times, about 10 us, and then sleep: at once would cost a quiet machine
-# a fifth of the toy's pairs/s, never most of a busy one's. OpenMPs but GNU's know the first only.
+# OpenMP reads these when torch is loaded, so scripts import configs before torch. Threads that wait
+# look 1,000 times and then sleep: spinning for longer would steal the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Memory that is freed stays with the process but for blocks of 32 MB: glibc would give more of it
-# back, and Linux would clear 100,000 new pages a ViT-B-32 step of 32.
-if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-    libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: never
-    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+ROOT = Path(__file__).resolve().parent.parent
 _command_line = {}  # --key=value as text, for given()
-_recipes = []       # recipe paths of this run, for write_record()
+_script = {}  # globals() of the script that runs
+_replaced = {}  # {name: the script's own function} where a recipe has put another
+_recipes = []  # files of the recipes on the command line
 
 
 def given(key, default):
     """The value of --key=... on the command line, else `default`; for recipes that branch on it."""
     text = _command_line.get(key)
-    return default if text is None else _parse(text, type(default))
+    return default if text is None else parse(text, type(default))
+
+
+def original(name):
+    """The script's own function, for a recipe that replaces it and still calls it."""
+    if not _script:  # a loader process that was started afresh: its main is the script
+        return getattr(sys.modules["__main__"], name)
+    return _replaced.get(name, _script.get(name))
+
+
+def replaced_functions():
+    """{name: the recipe whose function stands in its place}, as a checkpoint remembers it."""
+    return {name: _script[name].__module__ for name in _replaced}
 
 
 def load_config(Config, script, argv=None, files=True):
     """Resolve defaults, recipes and --key=value into one Config.
 
-    Config: dataclass of settings, optionally with check() that raises ValueError("field=...: why").
+    Config: dataclass of settings; its check(), if any, raises ValueError("field=...: why").
     script: globals() of the calling script; functions of recipes are put there.
-    argv:   list of arguments, default sys.argv[1:].
-    files:  False if the script takes no other positional arguments, such as checkpoints.
+    argv: list of arguments, by default the command line's.
+    files: False if the script takes recipes only and no other positional arguments.
     Returns (config, other positional arguments). Raises ValueError or FileNotFoundError.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    name = pathlib.Path(script["__file__"]).name
-    if "--help" in argv or "-h" in argv:
-        print(_help(Config, script))
+    global _script
+    options, recipes, others = split_arguments(sys.argv[1:] if argv is None else argv)
+    if "help" in options:
+        print(f"{(script['__doc__'] or '').strip()}\n\n{inspect.getsource(Config).strip()}")
         raise SystemExit(0)
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    options, recipes, others = _split(argv, fields, name)
+    script_name = Path(script["__file__"]).name
     if others and not files:
-        raise ValueError(f"{others[0]}: {name} takes recipes (*.py) and --key=value only")
+        raise ValueError(f"{others[0]}: {script_name} takes recipes (*.py) and --key=value only")
+    _script.update(_replaced)  # an earlier run in this process gives its functions back
+    _script = script
+    _replaced.clear()
+    _recipes.clear()
     _command_line.clear()
     _command_line.update(options)
-    _recipes[:] = recipes
-    for module in [module for module in sys.modules if module.startswith("configs.")]:
-        del sys.modules[module]  # recipes that others build on read this command line, too
-    values, origin = {}, {}
-    for path in recipes:
-        _read_recipe(path, fields, script, values, origin)
-    for key, text in options.items():
-        values[key], origin[key] = _parse(text, fields[key].type), f"--{key}={text}"
-    for key, value in values.items():
-        values[key] = _typed(fields[key], value, origin[key])
+    modules = [import_recipe(path) for path in recipes]
+    Config = with_own_settings(Config)
+    values, origin = read_settings(Config, script, dict(zip(recipes, modules)), options)
     config = Config(**values)
-    if hasattr(config, "check"):
-        try:
+    try:
+        if hasattr(config, "check"):
             config.check()
-        except ValueError as error:  # the message starts with the field's name
-            culprit = str(error).split("=")[0]
-            raise ValueError(f"{origin.get(culprit, name)}: {error}") from None
+    except ValueError as error:  # the message starts with the field's name
+        field = str(error).split("=")[0]
+        raise ValueError(f"{origin.get(field, script_name)}: {error}") from None
     return config, others
 
 
-def _split(argv, fields, name):
-    """Sort arguments into --key=value options, recipe paths and other positionals."""
+def read_settings(Config, script, recipes, options):
+    """({setting: value}, {setting: the recipe or argument it comes from}); replaces functions."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    hooks = script.get("HOOKS", ())
+    values, origin, replaced = {}, {}, {}
+    for path, module in recipes.items():
+        for name, value in public_names(module).items():
+            if isinstance(value, types.FunctionType):
+                replace_function(script, name, value, path, replaced)
+            elif name in fields:
+                values[name], origin[name] = value, path
+            else:
+                raise ValueError(unknown(path, name, [*fields, *hooks], script))
+    for name, text in options.items():
+        origin[name] = f"--{name}" if text is None else f"--{name}={text}"
+        if name not in fields:
+            raise ValueError(unknown(origin[name], name, fields, script))
+        if text is None and fields[name].type is not bool:
+            raise ValueError(f"--{name}: write --{name}=VALUE, without a space")
+        values[name] = True if text is None else parse(text, fields[name].type)
+    for name, value in values.items():
+        values[name] = typed(fields[name], value, origin[name])
+    return values, origin
+
+
+def split_arguments(argv):
+    """Arguments -> ({key: text, None for a bare --key}, recipe paths, other positionals)."""
     options, recipes, others = {}, [], []
     for argument in argv:
-        if argument.startswith("-"):
+        if argument == "-h":
+            options["help"] = None
+        elif argument.startswith("-"):
             key, equals, text = argument.lstrip("-").partition("=")
-            if key not in fields:
-                raise ValueError(_unknown(argument, key, fields, name))
-            if not equals:
-                raise ValueError(f"{argument}: write --{key}=VALUE, without a space")
-            options[key] = text
+            options[key] = text if equals else None
         elif argument.endswith(".py"):
-            if not os.path.isfile(argument):
-                near = difflib.get_close_matches(argument, map(str, _known_recipes()), 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise FileNotFoundError(f"{argument}: no such recipe{hint}")
             recipes.append(argument)
         else:
             others.append(argument)
     return options, recipes, others
 
 
-def _known_recipes():
-    return sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("[!_]*.py"))
+def import_recipe(path):
+    """A recipe as a module that any process can import, so that its functions can be sent there."""
+    if not os.path.isfile(path):
+        known = [str(recipe.relative_to(ROOT)) for recipe in (ROOT / "configs").rglob("[!_]*.py")]
+        near = difflib.get_close_matches(path, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"{path}: no such recipe{hint}")
+    file = Path(path).resolve()
+    _recipes.append(file)
+    if file.is_relative_to(ROOT):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    else:
+        name = file.stem
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+    module = importlib.import_module(name)
+    if Path(module.__file__).resolve() != file:
+        raise ValueError(f"{path}: {name} is also the name of {module.__file__}; rename the recipe")
+    return module
 
 
-def _unknown(where, key, known, name):
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{where}: {name} has no setting or function {key}; {hint}(--help lists them)"
-
-
-def _read_recipe(path, fields, script, values, origin):
-    """Run one recipe; put its assignments into `values` and its functions into `script`."""
-    name = pathlib.Path(script["__file__"]).name
-    try:
-        namespace = runpy.run_path(path)
-    except SyntaxError as error:
-        raise ValueError(f"{error.filename}:{error.lineno}: {error.msg}") from None
-    except (ArithmeticError, ImportError, LookupError, NameError, TypeError) as error:
-        lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__)
-                 if frame.filename == path]
-        raise ValueError(f"{path}:{lines[-1] if lines else 1}: {error}") from None
-    replaceable = {key: value for key, value in script.items() if key != "main"
-                   and isinstance(value, types.FunctionType)
-                   and value.__module__ == script["__name__"]}
-    for key, value in namespace.items():
-        where = _where(path, key)
-        if key.startswith("_") or where is None:  # private, or merely imported from elsewhere
-            continue
-        if key in fields:
-            values[key], origin[key] = value, where
-        elif key in replaceable and isinstance(value, types.FunctionType):
-            _same_signature(where, value, replaceable[key])
-            script[key] = value
-        else:
-            raise ValueError(_unknown(where, key, [*fields, *replaceable], name))
-
-
-def _where(path, name):
-    """file:line where a recipe, or a recipe it builds on, binds `name`; None if it does not."""
-    found = None
-    for node in ast.walk(ast.parse(pathlib.Path(path).read_text(), path)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name:
-            found = f"{path}:{node.lineno}"
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
-            found = f"{path}:{node.lineno}"
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("configs."):
-            parent = ROOT / (node.module.replace(".", "/") + ".py")
-            names = {alias.asname or alias.name for alias in node.names}
-            if found is None and names & {"*", name}:
-                found = _where(os.path.relpath(parent), name)
+def recipe_modules():
+    """The recipes that take part in this run, imported ones too, as modules."""
+    folders = {ROOT / "configs", ROOT / "configs" / "ideas"}
+    folders |= {file.parent for file in _recipes if file.parent != ROOT}
+    found = []
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "none").resolve()
+        in_folder = file.parent in folders and file.name != "__init__.py"
+        if in_folder or file in _recipes:
+            found.append(module)
     return found
 
 
-def _same_signature(where, new, old):
-    def shape(function):
-        parameters = inspect.signature(function).parameters.values()
-        return [(p.name, p.kind, p.default) for p in parameters]
-    if shape(new) != shape(old):
-        raise ValueError(f"{where}: {new.__name__}{inspect.signature(new)} must have the signature "
-                         f"{old.__name__}{inspect.signature(old)}")
+def public_names(module):
+    """{name: value} of the settings and functions of a recipe; other imports are left out."""
+    recipes = {recipe.__name__ for recipe in recipe_modules()}
+    found = {}
+    for name, value in vars(module).items():
+        imported = isinstance(value, types.FunctionType) and value.__module__ not in recipes
+        other = isinstance(value, (types.ModuleType, types.BuiltinFunctionType, type))
+        if name[0].islower() and not imported and not other:
+            found[name] = value
+    return found
 
 
-def _parse(text, kind):
-    """Text of --key=value as a Python value; words stay text unless a number or tuple is meant."""
+def with_own_settings(Config):
+    """Config with a field more for each typed assignment of a recipe that it does not know."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    new = {}
+    for module in recipe_modules():
+        for name, kind in getattr(module, "__annotations__", {}).items():
+            if name in known or not name[0].islower():
+                continue
+            if kind not in (str, int, float, bool, tuple) or not hasattr(module, name):
+                raise ValueError(f"{module.__file__}: {name}: write {name}: TYPE = VALUE with one "
+                                 "of str, int, float, bool, tuple")
+            new[name] = (name, kind, getattr(module, name))
+    if not new:
+        return Config
+    return dataclasses.make_dataclass(Config.__name__, new.values(), bases=(Config,))
+
+
+def replace_function(script, name, function, path, replaced):
+    """Put a recipe's function in the place of the script's; ValueError if it cannot be one."""
+    hooks = script.get("HOOKS", ())
+    if name not in hooks:
+        raise ValueError(unknown(path, name, hooks, script)
+                         + "; a function of the recipe's own begins with an underscore")
+    if name in replaced and function is not script[name]:
+        raise ValueError(f"{path}: replaces {name}, which {replaced[name]} replaces already")
+    wanted = inspect.signature(original(name))
+    if list(inspect.signature(function).parameters) != list(wanted.parameters):
+        raise ValueError(f"{path}: {name}{inspect.signature(function)} must have the signature "
+                         f"{name}{wanted}")
+    _replaced.setdefault(name, script[name])
+    script[name], replaced[name] = function, path
+
+
+def unknown(where, name, known, script):
+    """What to say of a name that is none of the `known` ones."""
+    script_name = Path(script["__file__"]).name
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{where}: {script_name} has no setting or function {name}{hint} (--help lists them)"
+
+
+def parse(text, kind):
+    """Text of --key=value as a Python value; typed() then says whether its type is right."""
     if kind is str:
         return text
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e6
+    return value
 
 
-def _typed(field, value, where):
-    """`value` as the field's type: whole floats stay floats, lists become tuples; else an error."""
+def typed(field, value, where):
+    """`value` as the field's type: whole numbers serve as floats, lists as tuples; else an error."""
     if isinstance(value, list):
         value = tuple(value)
-    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str) and value.startswith("~/"):
+        value = os.path.expanduser(value)
+    if field.type is float and type(value) is int:
         value = float(value)
-    wrong_bool = isinstance(value, bool) and field.type in (int, float)
-    if wrong_bool or not isinstance(value, field.type):
+    bool_as_number = isinstance(value, bool) and field.type in (int, float)
+    if bool_as_number or not isinstance(value, field.type):
         kind = getattr(field.type, "__name__", str(field.type))
         raise ValueError(f"{where}: {field.name}={value!r}: must be of type {kind}")
     return value
 
 
-def _help(Config, script):
-    """The script's docstring and its Config as written: fields, defaults and their comments."""
-    return f"{(script['__doc__'] or '').strip()}\n\n{inspect.getsource(Config).strip()}"
-
-
-# ---------------------------------------------------------------------------------- run record
-
-
 def check_ranges(config, positive=(), not_negative=(), **choices):
     """ValueError for the first field of `config` that is outside what is named for it."""
-    for key in positive:
-        if getattr(config, key) <= 0:
-            raise ValueError(f"{key}={getattr(config, key)}: must be above 0")
-    for key in not_negative:
-        if getattr(config, key) < 0:
-            raise ValueError(f"{key}={getattr(config, key)}: must be 0 or more")
-    for key, allowed in choices.items():
-        if getattr(config, key) not in allowed:
-            near = difflib.get_close_matches(str(getattr(config, key)), allowed, 1)
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)}: must be above 0")
+    for name in not_negative:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)}: must be 0 or more")
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
             hint = f"; did you mean {near[0]}?" if near and near[0] else ""
-            raise ValueError(f"{key}={getattr(config, key)!r}: must be one of "
-                             f"{', '.join(map(repr, allowed))}{hint}")
-
-
+            words = ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}={value!r}: must be one of {words}{hint}")

@@ -1,17 +1,143 @@
-"""What a run says and leaves behind: log.jsonl, lines in the terminal, progress, the record."""
+"""What a run says and leaves behind: log.jsonl, lines in the terminal, progress, the run's record."""
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
-import pathlib
+import resource
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from configs import ROOT, recipe_modules
 
-_EVERY = 0.5 if sys.stdout.isatty() else 10.0  # seconds between lines; a log file gets fewer
+# What a line of the terminal shows, in this order; log.jsonl keeps every figure unrounded.
+SHOWN = {"loss": "loss {:.4f}", "chance_loss": "(ln B {:.3f})", "val_loss": "val loss {:.4f}",
+         "val_mean_recall@1": "val R@1 {:.3f}", "lr": "lr {:.2e}", "scale": "scale {:.1f}",
+         "grad_norm": "|g| {:.2f}", "accuracy": "acc {:.3f}", "2afc": "2AFC {:.3f}",
+         "val_2afc": "val 2AFC {:.3f}", "pairs_per_s": "{:.0f} pairs/s",
+         "triplets_per_s": "{:.0f} triplets/s", "utilisation": "MFU {:.0%}",
+         "data_wait": "wait {:.0%}"}
+PROGRESS_EVERY = 0.5 if sys.stdout.isatty() else 10.0  # seconds; a log file gets fewer lines
+
+
+class RunLog:
+    """One JSON object a logged step in out_dir/log.jsonl, and the same as a line to look at.
+
+    Continuing from start_step > 0 drops records after it: they will be written again.
+    log_to: "" | "tensorboard" | "wandb", a second place for the numbers (optional packages).
+    mute: for all ranks but the first; nothing is written or shown.
+    """
+
+    def __init__(self, out_dir, total_steps, start_step=0, log_to="", mute=False):
+        self.mute, self.board, self.wandb = mute, None, None
+        if mute:
+            return
+        self.path, self.total, self.start_step = f"{out_dir}/log.jsonl", total_steps, start_step
+        self.start_time, self.open_line = time.time(), False
+        self._open_second_place(out_dir, log_to)
+        kept = []
+        if start_step and os.path.exists(self.path):
+            with open(self.path) as file:
+                for line in file:
+                    whole = line.endswith("}\n")  # a crash may have cut the last one
+                    if whole and json.loads(line).get("step", 0) <= start_step:
+                        kept.append(line)
+        with open(self.path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(self.path + ".tmp", self.path)
+
+    def _open_second_place(self, out_dir, log_to):
+        try:
+            if log_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(out_dir)
+            elif log_to == "wandb":
+                import wandb
+                self.wandb = wandb
+                wandb.init(project="perceptual-initialization", name=str(out_dir), dir=out_dir)
+        except ImportError:
+            raise ValueError(f"log_to={log_to}: pip install {log_to}") from None
+
+    def write(self, record):
+        """Append `record` (numbers and strings, with "step") and show its line."""
+        if self.mute:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self.say(f"warning: {self.path}: a line was not written ({error}); the run goes on")
+        if self.board:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, record["step"])
+        if self.wandb:
+            self.wandb.log(record, step=record["step"])
+        step, figures = record["step"], []
+        for name, form in SHOWN.items():
+            if record.get(name) is not None:
+                figures.append(form.format(record[name]))
+        eta = "unknown"
+        if step > self.start_step:
+            seconds_a_step = (time.time() - self.start_time) / (step - self.start_step)
+            eta = clock(seconds_a_step * (self.total - step))
+        self._show(f"{step:>6}/{self.total} {step / self.total:4.0%}  {'  '.join(figures)}  "
+                   f"eta {eta}", in_place=sys.stdout.isatty())
+
+    def say(self, text):
+        """Print a line that stays."""
+        if not self.mute:
+            self._show(text, in_place=False)
+
+    def summary(self, step, samples, more):
+        """The last line of a run: how far it came, its time, its peak memory in GiB."""
+        if self.mute:
+            return
+        import torch
+        memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss
+        seconds = time.time() - self.start_time
+        rate = samples * (1 - self.start_step / max(step, 1)) / seconds
+        self.say(f"step {step:,} of {self.total:,}, {samples:,} samples; {more}; {clock(seconds)}, "
+                 f"{rate:,.0f} samples/s, peak memory {memory / 2**30:.2f} GiB")
+
+    def _show(self, text, in_place):
+        lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
+        print(lead + text, end="" if in_place else "\n", flush=True)
+        self.open_line = in_place
+
+
+class Meter:
+    """Steps a second, and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self, step):
+        self.step, self.time, self.waited = step, time.time(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Around what waits for data."""
+        start = time.time()
+        yield
+        self.waited += time.time() - start
+
+    def read(self, step):
+        """(steps a second, share of waiting) since the last reading."""
+        seconds = time.time() - self.time
+        figures = (step - self.step) / seconds, self.waited / seconds
+        self.step, self.time, self.waited = step, time.time(), 0.0
+        return figures
+
+
+def trace_steps(out_dir):
+    """A running profiler that writes steps 3 to 7 to out_dir/trace.json, for chrome://tracing."""
+    from torch import profiler
+    trace = profiler.profile(
+        schedule=profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(f"{out_dir}/trace.json"))
+    trace.start()
+    return trace
 
 
 class Progress:
@@ -31,7 +157,7 @@ class Progress:
         self.done += amount
         if self.start_time is None:  # until now processes were starting: no part of the rate
             self.start_time, self.done_before = time.monotonic(), self.done
-        if time.monotonic() - self.shown > _EVERY:
+        if time.monotonic() - self.shown > PROGRESS_EVERY:
             self.show()
 
     def show(self):
@@ -44,119 +170,6 @@ class Progress:
               f"{rate:,.1f} {self.unit}/s, eta {eta}", flush=True)
 
 
-def write_record(out_dir, config, script_file):
-    """Keep in out_dir/record what made this run: config, command, recipes and sources."""
-    from configs import _recipes  # as load_config found them
-    record = pathlib.Path(out_dir) / "record"
-    record.mkdir(parents=True, exist_ok=True)
-    (record / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    with open(record / "command.txt", "a") as file:  # one line a start: resumes are seen
-        file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + " ".join(sys.argv) + "\n")
-    sources = [script_file, ROOT / "model.py", *(ROOT / "data").glob("*.py"), *_recipes]
-    sources += [ROOT / "configs" / "__init__.py"]
-    for source in map(pathlib.Path, sources):
-        target = record / source.resolve().parent.name / source.name
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-
-
-def keep_previous(path, count):
-    """Keep the file at `path` under a second name, *_1.pt, moving older ones on up to `count`.
-
-    Links and renames only, before it is replaced: at every moment `path` is there and whole.
-    """
-    names = [path.replace(".pt", f"_{i}.pt") for i in range(1, count + 1)]
-    for older, newer in zip(reversed(names[1:]), reversed(names[:-1])):
-        if os.path.exists(newer):
-            os.replace(newer, older)
-    if os.path.exists(names[0]):
-        os.remove(names[0])
-    os.link(path, names[0])
-
-
-def check_resume(saved, now, may_change=()):
-    """Refuse to resume with other settings than the checkpoint's; both are dicts of settings."""
-    for key in sorted(set(saved) | set(now)):
-        if key not in may_change and saved.get(key) != now.get(key):
-            raise ValueError(f"cannot resume: {key} was {saved.get(key)!r} in the checkpoint, is "
-                             f"{now.get(key)!r} now; set it back or choose another out_dir")
-
-
-# What a line of the terminal shows, in this order; log.jsonl keeps every figure unrounded.
-_SHOWN = {"loss": "loss {:.4f}", "chance_loss": "(ln B {:.3f})", "val_loss": "val loss {:.4f}",
-          "val_mean_recall@1": "val R@1 {:.3f}",
-          "lr": "lr {:.2e}", "scale": "scale {:.1f}", "grad_norm": "|g| {:.2f}",
-          "accuracy": "acc {:.3f}", "2afc": "2AFC {:.3f}", "val_2afc": "val 2AFC {:.3f}",
-          "pairs_per_s": "{:.0f} pairs/s", "triplets_per_s": "{:.0f} triplets/s",
-          "utilisation": "MFU {:.0%}", "data_wait": "wait {:.0%}"}
-
-
-class RunLog:
-    """One JSON object a logged step in out_dir/log.jsonl, and the same as a line to look at.
-
-    Continuing from start_step > 0 drops records after it: they will be written again.
-    log_to: "" | "tensorboard" | "wandb", a second place for the numbers (optional packages).
-    mute: for all ranks but the first; nothing is written or shown.
-    """
-
-    def __init__(self, out_dir, total_steps, start_step=0, log_to="", mute=False):
-        self.mute = mute
-        if mute:
-            return
-        self.mirror = _mirror(out_dir, log_to)
-        self.path, self.total, self.start_step = f"{out_dir}/log.jsonl", total_steps, start_step
-        self.start_time, self.open_line = time.time(), False
-        kept = []
-        if start_step and os.path.exists(self.path):
-            with open(self.path) as file:  # a line cut by a crash does not end in "}"
-                lines = [line for line in file if line.endswith("}\n")]
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= start_step]
-        with open(self.path + ".tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(self.path + ".tmp", self.path)
-
-    def write(self, record):
-        """Append `record` (numbers and strings, with "step") and show its line."""
-        if self.mute:
-            return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.mirror(record)
-        step, done = record["step"], max(record["step"] - self.start_step, 1)
-        eta = (time.time() - self.start_time) / done * (self.total - step)
-        figures = [form.format(record[key]) for key, form in _SHOWN.items()
-                   if record.get(key) is not None]
-        self._show(f"{step:>6}/{self.total} {step / self.total:4.0%}  {'  '.join(figures)}  "
-                   f"eta {clock(eta)}", in_place=sys.stdout.isatty())
-
-    def say(self, text):
-        """Print a line that stays."""
-        if not self.mute:
-            self._show(text, in_place=False)
-
-    def _show(self, text, in_place):
-        lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
-        print(lead + text, end="" if in_place else "\n", flush=True)
-        self.open_line = in_place
-
-
-def _mirror(out_dir, log_to):
-    """A function of a record that sends its numbers to TensorBoard or Weights & Biases, or not."""
-    try:
-        if log_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out_dir)
-            return lambda record: [writer.add_scalar(key, value, record["step"])
-                                   for key, value in record.items() if isinstance(value, float)]
-        if log_to == "wandb":
-            import wandb
-            wandb.init(project="perceptual-initialization", name=out_dir, dir=out_dir)
-            return lambda record: wandb.log(record, step=record["step"])
-    except ImportError:
-        raise ValueError(f"log_to={log_to}: pip install {log_to}") from None
-    return lambda record: None
-
-
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -164,28 +177,85 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def write_record(out_dir, config, script_file, note=""):
+    """Keep in out_dir/record what made this run: config, command, recipes and sources.
+
+    note: what to remember of this start, behind its command.
+    """
+    record = Path(out_dir) / "record"
+    record.mkdir(parents=True, exist_ok=True)
+    (record / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    with open(record / "command.txt", "a") as file:  # one line a start: resumes are seen
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}{note}\n")
+    sources = [Path(script_file), ROOT / "model.py", ROOT / "evaluate.py"]
+    sources += [ROOT / "configs" / "__init__.py"]
+    sources += (ROOT / "data").glob("*.py")
+    sources += [Path(recipe.__file__) for recipe in recipe_modules()]
+    for source in sources:
+        target = record / source.resolve().parent.name / source.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def check_resume(saved, now, may_change=(), change=""):
+    """Refuse to go on with other settings than the checkpoint's; both are dicts of settings.
+
+    may_change: settings that change nothing that is learnt. change: names, separated by commas, of
+    others that may differ this time. Returns {name: (old, new)} of these.
+    A setting that the checkpoint does not know is newer than it, and no reason to refuse.
+    """
+    changed, allowed = {}, change.split(",") if change else []
+    for name in allowed:
+        if name not in saved and name not in now:
+            raise ValueError(f"change={change}: {name} is no setting of this run")
+    for name in sorted(saved):
+        if name in may_change or saved[name] == now.get(name):
+            continue
+        if name not in allowed:
+            raise ValueError(f"cannot resume: {name} was {saved[name]!r} in the checkpoint, is "
+                             f"{now.get(name)!r} now; set it back, choose another out_dir, or "
+                             f"accept the change by --change={name}")
+        changed[name] = (saved[name], now.get(name))
+    return changed
+
+
 def stop_on_signals():
-    """A list that SIGTERM and Ctrl-C fill, for the loop to look at after each step."""
+    """A list that SIGTERM and Ctrl-C fill, for the loop to look at after each step.
+
+    A second Ctrl-C ends the process at once.
+    """
     stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.append(True))
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
     return stop
 
 
 def run_main(main):
     """Run a script; what the user can mend is one line on stderr and exit code 2.
 
-    ValueError and FileNotFoundError are the user's by convention; TRACEBACK=1 shows where.
-    Loader processes ignore SIGTERM; those that an error left behind are killed.
+    ValueError and OSError are the user's by convention; TRACEBACK=1 shows where they came from.
+    Until the ranks have met, all of them fail alike, and rank 0 speaks. Loader processes ignore
+    SIGTERM; those that an error left behind are killed.
     """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        group = sys.modules.get("torch.distributed")
+        if rank == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        elif group and group.is_initialized():
+            print(f"{Path(sys.argv[0]).name}, rank {rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         for child in multiprocessing.active_children():
             child.kill()

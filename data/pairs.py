@@ -1,61 +1,67 @@
 """Image-caption batches whose content depends on (seed, epoch, position) and on nothing else.
 
 The sample at a position is `epoch_order(seed, epoch, n)[position]`; its caption, crop and further
-augmentation are drawn by `sample_rng(seed, epoch, sample)`. Ranks, workers and resuming change who
-makes a sample and when, never which or how.
+augmentation are drawn by `sample_rng(seed, epoch, sample)` (data/order.py). Ranks, workers and
+resuming change who makes a sample and when, never which or how.
 
-    pairs = Pairs(folder, tokenizer, image_size, seed, context_length, Augmentation(), pick_caption)
+    pairs = Pairs(Shards(folder, tokenizer), tokenizer, config, augmentation, pick_caption)
     order = PairBatches(len(pairs), batch_size, rank, world_size, start_step, stop_step)
-    for batch in load_batches(pairs, order, workers=8): ...
+    for parts in load_batches(pairs, order, workers=8): ...
 
-n pairs, b of them in a batch of this rank, L text tokens, S image side. Each process keeps the
-order of one epoch: 4 bytes a pair, 60 MB at 15 million.
+n pairs, b of them in a part of a batch, L text tokens, S image side. Each process keeps the order
+of one epoch: 4 bytes a pair, 60 MB at 15 million.
 """
+import hashlib
 import math
 import os
 import shutil
 import signal
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from data.images import (DRAWS, Augmentation, BadImage, decode, draw_augmentation,
-                         eval_image, train_image)
+from data.images import BadImage, decode, draw_augmentation, train_image
 from data.order import epoch_order, sample_rng
+from data.ranks import usable_cores
 from data.shards import Shards, index_shards
 
+PART = 256  # pairs that a loader process makes at a time: a rank's batch may not fit in /dev/shm
 GIVE_UP = 1000  # bad images in a row: a folder of nothing else would be searched for days
-SHARED_MEMORY = "/dev/shm"  # where worker processes leave their batches
+SHARED_MEMORY = "/dev/shm"  # where loader processes leave what they made
 
 
 class Pairs(Dataset):
-    """The pairs of a folder of shards, made into batches; builds the index if there is none yet.
+    """The pairs of `shards` (data.shards.Shards with ids), made into batches.
 
-    tokenizer: data.text.Tokenizer. image_size: S. context_length: L.
-    augmentation: data.images.Augmentation, or None for evaluation's `eval_image` and the first
-    caption. pick_caption(count, rng) -> int chooses among an image's captions.
-    limit: only the first so many pairs; 0: all.
+    config: image_size (S), context_length (L) and seed are used; extra_arrays gets all of it.
+    augmentation: data.images.Augmentation. pick_caption(count, rng) -> int chooses among an
+    image's captions.
+    extra_arrays(pairs, sample, caption, rng, config) -> {name: array}: what a recipe adds to a
+    sample. chosen: numbers of the pairs to train on, any sequence; None: all.
     """
 
-    def __init__(self, folder, tokenizer, image_size, seed, context_length, augmentation,
-                 pick_caption, limit=0):
-        index_shards(folder, tokenizer)
-        self.shards = Shards(folder, tokenizer)
-        self.count = min(limit or len(self.shards), len(self.shards))
-        self.start, self.end = tokenizer.start, tokenizer.end
-        self.image_size, self.seed, self.context_length = image_size, seed, context_length
-        self.augmentation, self.pick_caption = augmentation, pick_caption
+    def __init__(self, shards, tokenizer, config, augmentation, pick_caption, extra_arrays=None,
+                 chosen=None):
+        self.shards, self.tokenizer, self.augmentation = shards, tokenizer, augmentation
+        self.config = SimpleNamespace(**vars(config))  # can be sent to any process
+        self.image_size = config.image_size
+        self.pick_caption, self.extra_arrays = pick_caption, extra_arrays
+        self.chosen = range(len(shards)) if chosen is None else chosen
         self.order_of, self.order = None, None  # an epoch, and its order
 
     def __len__(self):
-        return self.count
+        return len(self.chosen)
 
     @property
     def fingerprint(self):
-        """Of the shards' content; a checkpoint remembers it."""
-        return self.shards.fingerprint
+        """Of the shards' content and of the choice among it; a checkpoint remembers it."""
+        if isinstance(self.chosen, range):
+            return self.shards.fingerprint
+        numbers = np.asarray(self.chosen, np.int64)
+        return f"{self.shards.fingerprint}-{hashlib.sha256(numbers).hexdigest()[:16]}"
 
     def name(self, sample):
         """Where a sample lies: "00000.tar:key"."""
@@ -64,58 +70,67 @@ class Pairs(Dataset):
     def sample_at(self, epoch, position):
         """The sample number at a position of an epoch."""
         if self.order_of != epoch:
-            self.order_of, self.order = epoch, epoch_order(self.seed, epoch, self.count)
-        return int(self.order[position % self.count])
+            self.order_of, self.order = epoch, epoch_order(self.config.seed, epoch, len(self))
+        return int(self.chosen[int(self.order[position % len(self)])])
+
+    def padded(self, ids):
+        """Token ids without start and end -> (L,) int64: start, ids, end, zeros."""
+        row = np.zeros(self.config.context_length, np.int64)
+        ids = ids[:len(row) - 2]  # long captions keep their end token
+        row[0], row[len(ids) + 1] = self.tokenizer.start, self.tokenizer.end
+        row[1:len(ids) + 1] = ids
+        return row
 
     def __getitems__(self, places):
-        """[(epoch, position), ...] -> one batch, a dict:
+        """[(epoch, position), ...] -> b pairs, a dict:
 
         images (b, 3, S, S) uint8; tokens (b, L) int64, zero padded; draws (b, 11) float32 for
         `augment_batch`; samples (b,) int64, the pairs in it; bad [(name, reason), ...], the pairs
-        that should be in it but hold no picture: the next pair of the epoch stands in for each.
+        that should be in it but hold no picture: the next pair of the epoch stands in for each;
+        and the arrays (b, ...) of extra_arrays.
         """
         b, S = len(places), self.image_size
         images = torch.empty((b, 3, S, S), dtype=torch.uint8)
         if get_worker_info():  # decode into the memory it will be handed over in: one copy less
             images.share_memory_()
-        tokens = np.zeros((b, self.context_length), np.int64)
-        draws, samples, bad = np.zeros((b, DRAWS), np.float32), np.zeros(b, np.int64), []
+        arrays, bad = [], []
         for row, (epoch, position) in enumerate(places):
-            samples[row], images[row], ids, draws[row] = self._find(epoch, position, bad)
-            ids = ids[:self.context_length - 2]  # long captions keep their end token
-            tokens[row, 0], tokens[row, len(ids) + 1] = self.start, self.end
-            tokens[row, 1:len(ids) + 1] = ids
-        return {"images": images, "tokens": torch.from_numpy(tokens), "bad": bad,
-                "draws": torch.from_numpy(draws), "samples": torch.from_numpy(samples)}
+            images[row], others = self._find(epoch, position, bad)
+            arrays.append(others)
+        batch = {"images": images, "bad": bad}
+        for name in arrays[0]:
+            batch[name] = torch.from_numpy(np.stack([others[name] for others in arrays]))
+        return batch
 
     def _find(self, epoch, position, bad):
-        """The first good sample from a position on: number, image, token ids, device draws.
+        """Image and arrays of the first good sample from a position on.
 
         Only the pair at the position itself is noted as bad; the ones after it have positions of
         their own, so that each is noted once an epoch, whatever the batches.
         """
         reasons = Counter()
-        for step in range(min(GIVE_UP, self.count)):
+        for step in range(min(GIVE_UP, len(self))):
             sample = self.sample_at(epoch, position + step)
             try:
-                return sample, *self._make(epoch, sample)
+                return self._make(epoch, sample)
             except BadImage as error:
                 reasons[error.reason] += 1
                 if step == 0:
                     bad.append((self.name(sample), error.reason))
         raise ValueError(f"{self.shards.folder}: {sum(reasons.values())} images in a row are bad "
-                         f"({_most_common(reasons)}); run python -m data.shards check on it")
+                         f"({_most_common(reasons)}); run python -m data.prepare.check on it")
 
     def _make(self, epoch, sample):
-        """Image (3, S, S) uint8, token ids (n,) and device draws (11,) of one sample."""
-        data, rng = self.shards.image(sample), sample_rng(self.seed, epoch, sample)
-        if self.augmentation is None:
-            image = eval_image(decode(data), self.image_size)
-            return image, self.shards.ids(sample, 0), draw_augmentation(Augmentation(), rng)
+        """Image (3, S, S) uint8 of one sample, and its arrays by name."""
+        data, rng = self.shards.image(sample), sample_rng(self.config.seed, epoch, sample)
         # always in this order, so that each draw keeps its value when a later one changes
         caption = self.pick_caption(self.shards.caption_count(sample), rng)
         image = train_image(data, self.image_size, self.augmentation, rng)
-        return image, self.shards.ids(sample, caption), draw_augmentation(self.augmentation, rng)
+        arrays = {"tokens": self.padded(self.shards.ids(sample, caption)),
+                  "draws": draw_augmentation(self.augmentation, rng), "samples": np.int64(sample)}
+        if self.extra_arrays:
+            arrays |= self.extra_arrays(self, sample, caption, rng, self.config)
+        return image, arrays
 
 
 class HeldOut:
@@ -127,7 +142,7 @@ class HeldOut:
     def __init__(self, folder):
         index_shards(folder)
         self.shards = Shards(folder)
-        self.captions = [self.shards[i][1][0] for i in range(len(self.shards))]
+        self.captions = [self.shards.captions(i)[0] for i in range(len(self.shards))]
 
     def __len__(self):
         return len(self.shards)
@@ -141,11 +156,11 @@ class HeldOut:
 
 
 class PairBatches(Sampler):
-    """Yields [(epoch, position), ...]: this rank's contiguous part of each batch of n pairs.
+    """Yields [(epoch, position), ...]: this rank's contiguous share of each batch, part by part.
 
     batch_size counts all ranks. Steps go from start_step to before stop_step; the pairs that do
-    not fill a batch at the end of an epoch are left out. Raises ValueError for a batch of more than
-    n.
+    not fill a batch at the end of an epoch are left out. A part has at most PART pairs.
+    Raises ValueError for a batch of more than the n pairs.
     """
 
     def __init__(self, n, batch_size, rank, world_size, start_step, stop_step):
@@ -157,28 +172,60 @@ class PairBatches(Sampler):
         self.steps_per_epoch = n // batch_size
         self.share = batch_size // world_size
         self.first = rank * self.share
+        self.parts = math.ceil(self.share / PART)  # of each batch
 
     def __len__(self):
-        return len(self.steps)
+        return len(self.steps) * self.parts
 
     def __iter__(self):
         for step in self.steps:
-            epoch, step = divmod(step, self.steps_per_epoch)
-            first = step * self.batch_size + self.first
-            yield [(epoch, position) for position in range(first, first + self.share)]
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            first = step_of_epoch * self.batch_size + self.first
+            end = first + self.share
+            for start in range(first, end, PART):
+                yield [(epoch, position) for position in range(start, min(start + PART, end))]
 
 
 def load_batches(pairs, batches, workers, pin_memory=False):
-    """Iterator over the batches that `batches` (PairBatches) names, made in worker processes.
+    """Yields each batch that `batches` (PairBatches) names as a list of its parts.
 
-    Raises ValueError when they would not fit in shared memory.
+    workers: loader processes; -1: as many as the machine's ranks have cores, less the loop's own.
+    Raises ValueError when what they have ready would not fit in shared memory.
     """
-    check_shared_memory(workers, batches.share, pairs.image_size)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    if workers < 0:
+        workers = max(1, usable_cores() // local_world - 1)
+    if workers:  # each has two parts ready; the loop holds a batch's
+        check_shared_memory(local_world * (2 * workers + batches.parts + 1),
+                            min(PART, batches.share), pairs.image_size)
     if workers and not torch.cuda.is_available():  # a core each: the toy's 753 -> 1,041 pairs/s
-        spare = len(os.sched_getaffinity(0)) - workers
+        spare = usable_cores() - workers
         torch.set_num_threads(max(1, min(spare, torch.get_num_threads())))
-    return iter(DataLoader(pairs, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
-                           collate_fn=as_loaded, worker_init_fn=_in_worker))
+    loader = iter(DataLoader(pairs, batch_sampler=batches, num_workers=workers,
+                             pin_memory=pin_memory, collate_fn=as_loaded,
+                             worker_init_fn=_in_worker))
+    for _ in batches.steps:
+        yield [next(loader) for _ in range(batches.parts)]
+
+
+def join_parts(parts, device):
+    """Parts of a batch -> one dict of tensors; all but int64 go to the device, ids stay here."""
+    batch = {"bad": sum((part["bad"] for part in parts), [])}
+    for name in parts[0].keys() - {"bad"}:
+        tensors = [part[name] for part in parts]
+        if tensors[0].dtype != torch.int64:
+            tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        batch[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    return batch
+
+
+def split_rows(batch, micro):
+    """A batch -> micro-batches of at most `micro` rows, as views of its tensors."""
+    parts = []
+    for start in range(0, len(batch["samples"]), micro):
+        rows = slice(start, start + micro)
+        parts.append({name: value[rows] for name, value in batch.items() if name != "bad"})
+    return parts
 
 
 def as_loaded(batch):
@@ -193,23 +240,21 @@ def _in_worker(_):
     torch.set_num_threads(1)
 
 
-def check_shared_memory(workers, batch_size, image_size):
-    """Raise ValueError if the batches that wait for the loop cannot lie in shared memory.
+def check_shared_memory(parts, size, image_size):
+    """Raise ValueError if so many parts of `size` images cannot lie in shared memory.
 
-    batch_size: of one rank; all ranks of the machine are counted. A worker has two batches ready;
-    one more is in use and one on its way. Images only: tokens add half a percent. A full /dev/shm
-    kills workers without a word.
+    parts: of all ranks of the machine. Tokens add half a percent. A full /dev/shm would kill
+    loader processes without a word.
     """
-    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
+    if not os.path.isdir(SHARED_MEMORY):
         return
-    batches = (2 * workers + 2) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    need = batches * batch_size * 3 * image_size**2
+    need = parts * size * 3 * image_size**2
     free = shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         raise ValueError(
-            f"workers={workers} keep {batches} batches of {batch_size} images in {SHARED_MEMORY}: "
-            f"{need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; give the container more "
-            f"(docker --shm-size) or take fewer workers")
+            f"loader processes keep {parts} x {size} images in {SHARED_MEMORY}: {need / 1e9:.1f} "
+            f"GB, and {free / 1e9:.1f} GB are free; give the container more (docker --shm-size), "
+            "or take fewer workers")
 
 
 class BadSamples:
@@ -241,9 +286,11 @@ class BadSamples:
             name = " ".join(name.split())  # a tab or a line end would break the table
             if name not in self.named:
                 self.named.add(name)
-                os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(f"{name}\t{reason}\n")
+                try:
+                    with open(self.path, "a", encoding="utf-8") as file:
+                        file.write(f"{name}\t{reason}\n")
+                except OSError as error:
+                    print(f"warning: {self.path}: {name} ({reason}) not noted ({error})")
 
     def counts(self, ranks):
         """{reason: count} over all ranks and the runs before; every rank must ask."""
@@ -259,7 +306,7 @@ class BadSamples:
             raise ValueError(
                 f"{total:,} of {seen:,} samples had no usable image, more than {self.LIMIT:.0%}: "
                 f"{_most_common(self.counts(ranks))}; see {self.path}, and run "
-                f"python -m data.shards check on the folder")
+                f"python -m data.prepare.check on the folder")
 
 
 class BadSteps:

@@ -1,8 +1,23 @@
 """What several rooms' tests share: a small toy world, drawn once."""
+import sys
+import tempfile
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # results do not depend on how many cores the machine has
+
+
+@pytest.fixture(autouse=True)
+def fresh_recipes():
+    """A run reads its recipes once; tests run many in one process, so each starts without any."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name.startswith("configs.") or file.startswith(tempfile.gettempdir()):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

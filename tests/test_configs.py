@@ -30,8 +30,13 @@ class Config:
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr}: must be above 0")
 
+HOOKS = ("lr_at",)
+
 def lr_at(step, config):
     return 1.0
+
+def helper():
+    return 2
 
 def main(argv=None):
     config, others = load_config(Config, globals(), argv)
@@ -70,9 +75,12 @@ def lr_at(step, config):
     return 1.0
 
 
+HOOKS = ("lr_at",)
+
+
 def load(tmp_path, recipe, *arguments):
     """load_config on this module, with one recipe; functions go into a copy of its globals."""
-    path = tmp_path / "recipe.py"
+    path = tmp_path / f"recipe_{len(list(tmp_path.iterdir()))}.py"
     path.write_text(textwrap.dedent(recipe))
     script = dict(globals())
     config, others = configs.load_config(Config, script, [str(path), *arguments])
@@ -91,8 +99,8 @@ def test_later_recipe_beats_earlier(tmp_path):
 
 
 def test_recipe_computes_and_keeps_private_names_and_imports_to_itself(tmp_path):
-    config, _, _ = load(tmp_path, "from math import pi, floor\n_gpus = 4\n"
-                                  "batch_size = _gpus * floor(pi)\n")
+    config, _, _ = load(tmp_path, "import math\nfrom math import floor\n_gpus, GROUPS = 4, 1\n"
+                                  "batch_size = _gpus * GROUPS * floor(math.pi)\n")
     assert config.batch_size == 12
 
 
@@ -112,7 +120,9 @@ def test_whole_numbers_serve_as_floats_and_lists_as_tuples(tmp_path):
 
 def test_a_function_of_the_recipe_replaces_the_scripts(tmp_path):
     _, _, script = load(tmp_path, "def lr_at(step, config):\n    return 7.0\n")
-    assert script["lr_at"](0, None) == 7.0 and lr_at(0, None) == 1.0
+    assert script["lr_at"](0, None) == 7.0 and configs.original("lr_at")(0, None) == 1.0
+    configs.load_config(Config, script, [])
+    assert script["lr_at"](0, None) == 1.0  # a second run in the process starts afresh
 
 
 def test_positional_arguments_that_are_no_recipe_come_back(tmp_path):
@@ -120,14 +130,17 @@ def test_positional_arguments_that_are_no_recipe_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("recipe, arguments, words", [
-    ("lr = 1\nbatch_sise = 3\n", (), ["recipe.py:2", "batch_sise", "did you mean batch_size?"]),
-    ("batch_size = 'many'\n", (), ["recipe.py:1", "batch_size='many'", "type int"]),
-    ("batch_size = True\n", (), ["recipe.py:1", "batch_size=True", "type int"]),
-    ("def lr_at(step):\n    return 1\n", (), ["recipe.py:1", "lr_at(step)", "lr_at(step, config)"]),
-    ("def lr_add(step):\n    return 1\n", (), ["recipe.py:1", "lr_add", "did you mean lr_at?"]),
-    ("lr = -1.0\n", (), ["recipe.py:1", "lr=-1.0", "above 0"]),
-    ("lr = sqrt(2)\n", (), ["recipe.py:1", "sqrt"]),
-    ("lr = = 2\n", (), ["recipe.py:1", "invalid syntax"]),
+    ("lr = 1\nbatch_sise = 3\n", (), ["recipe.py", "batch_sise", "did you mean batch_size?"]),
+    ("batch_size = 'many'\n", (), ["recipe.py", "batch_size='many'", "type int"]),
+    ("batch_size = True\n", (), ["recipe.py", "batch_size=True", "type int"]),
+    ("def lr_at(step):\n    return 1\n", (), ["recipe.py", "lr_at(step)", "lr_at(step, config)"]),
+    ("def lr_add(step):\n    return 1\n", (), ["recipe.py", "lr_add", "did you mean lr_at?"]),
+    ("def helper():\n    return 1\n", (), ["recipe.py", "helper", "begins with an underscore"]),
+    ("lr = -1.0\n", (), ["recipe.py", "lr=-1.0", "above 0"]),
+    ("keep: float = 'x'\n", (), ["recipe.py", "keep='x'", "type float"]),
+    ("keep: float = 1.0\n", ("--keep=x",), ["--keep=x", "keep='x'", "type float"]),
+    ("keep: float\n", (), ["recipe.py", "keep: TYPE = VALUE"]),
+    ("keep: float = 1.0\n", ("--kep=2",), ["--kep", "did you mean keep?"]),
     (None, ("--bach_size=3",), ["--bach_size=3", "did you mean batch_size?"]),
     (None, ("--lr", "3"), ["--lr", "--lr=VALUE"]),
     (None, ("--lr=0",), ["--lr=0", "above 0"]),
@@ -141,20 +154,54 @@ def test_a_mistake_is_one_line_that_says_where_and_exit_2(run, recipe, arguments
         assert word in done.stderr
 
 
+@pytest.mark.parametrize("recipe, line", [("lr = 1\nlr = sqrt(2)\n", "line 2"),
+                                          ("lr = = 2\n", "invalid syntax")])
+def test_a_bug_in_a_recipe_shows_python_s_own_traceback(run, recipe, line):
+    done = run(recipe)
+    assert done.returncode == 1 and "recipe.py" in done.stderr and line in done.stderr
+
+
+def test_two_recipes_that_replace_one_function_are_named(run, tmp_path):
+    (tmp_path / "second.py").write_text("def lr_at(step, config):\n    return 2.0\n")
+    done = run("def lr_at(step, config):\n    return 3.0\n", "second.py")
+    assert done.returncode == 2
+    assert done.stderr == "script.py: second.py: replaces lr_at, which recipe.py replaces already\n"
+
+
+def test_a_recipe_imports_a_function_and_a_setting_of_another(run, tmp_path):
+    (tmp_path / "base.py").write_text(
+        "keep: float = 1.0\ndef lr_at(step, config):\n    return 5 * config.keep\n")
+    done = run("from base import *\nkeep = 3.0\n")
+    assert done.stdout.endswith("[] 15.0\n"), done.stderr
+    done = run("from base import *\n", "--keep=2", "base.py")  # the same function twice is one
+    assert done.stdout.endswith("[] 10.0\n"), done.stderr
+
+
+def test_own_settings_are_fields_of_the_config_and_of_its_record(tmp_path):
+    config, _, _ = load(tmp_path, "keep: float = 1\nwords: bool = False\n", "--keep=2", "--words")
+    assert dataclasses.asdict(config) | {"keep": 2.0, "words": True} == dataclasses.asdict(config)
+
+
+def test_a_home_folder_is_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert load(tmp_path, "name = '~/runs'\n")[0].name == "/somewhere/runs"
+    assert load(tmp_path, "", "--name=~/other")[0].name == "/somewhere/other"
+
+
 def test_help_prints_every_field_with_its_comment(run):
     done = run(None, "--help")
     assert done.returncode == 0 and "batch_size: int = 8         # pairs of a step" in done.stdout
 
 
 def test_record_keeps_config_command_recipe_and_sources(tmp_path, monkeypatch):
-    config, _, _ = load(tmp_path, "lr = 2.0\n")
+    config, _, _ = load(tmp_path, "from configs.toy import model as _model\nlr = 2.0\n")
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe.py"])
     log.write_record(tmp_path / "run", config, ROOT / "pretrain.py")
     record = tmp_path / "run/record"
     assert json.loads((record / "config.json").read_text())["lr"] == 2.0
     assert "pretrain.py recipe.py" in (record / "command.txt").read_text()
     names = {path.name for path in record.rglob("*.py")}
-    assert {"recipe.py", "pretrain.py", "model.py", "pairs.py"} <= names
+    assert {"recipe_0.py", "toy.py", "pretrain.py", "model.py", "pairs.py"} <= names
 
 
 def test_resume_with_another_setting_names_key_and_both_values():
@@ -175,13 +222,22 @@ def test_log_that_goes_on_drops_records_after_the_checkpoint(tmp_path, capsys):
     assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
-def test_previous_checkpoints_are_kept_newest_first(tmp_path):
-    path = tmp_path / "ckpt.pt"
-    for content in "abcd":
-        if path.exists():
-            log.keep_previous(str(path), 2)
-        (tmp_path / "new").write_text(content)
-        (tmp_path / "new").rename(path)
-    assert [(tmp_path / name).read_text() for name in ("ckpt.pt", "ckpt_1.pt", "ckpt_2.pt")] == [
-        "d", "c", "b"]
-    assert len(list(tmp_path.iterdir())) == 3
+def test_a_change_that_is_asked_for_is_accepted_and_told():
+    saved, now = {"lr": 0.1, "dtype": "bfloat16", "gone": 1}, {"lr": 0.2, "dtype": "float32"}
+    changed = log.check_resume(saved, now, ("gone",), "lr,dtype")
+    assert changed == {"lr": (0.1, 0.2), "dtype": ("bfloat16", "float32")}
+    with pytest.raises(ValueError, match="dtype was 'bfloat16' .* accept the change by --change=dtype"):
+        log.check_resume(saved, now, ("gone",), "lr")
+    with pytest.raises(ValueError, match="change=lrr: lrr is no setting"):
+        log.check_resume(saved, now, ("gone",), "lrr")
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_is_no_reason_to_refuse():
+    assert log.check_resume({"lr": 0.1}, {"lr": 0.1, "init": ""}) == {}
+    with pytest.raises(ValueError, match="keep was 1.0 in the checkpoint, is None now"):
+        log.check_resume({"lr": 0.1, "keep": 1.0}, {"lr": 0.1})
+
+
+def test_time_left_is_unknown_until_a_step_is_made(tmp_path, capsys):
+    log.RunLog(tmp_path, 10, start_step=4).write({"step": 4, "val_loss": 1.0})
+    assert "eta unknown" in capsys.readouterr().out

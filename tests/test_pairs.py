@@ -4,6 +4,7 @@ import io
 import pickle
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from torch.utils.data import DataLoader
 
 from data.images import Augmentation, augment_batch, decode, eval_image
 from data.order import epoch_order, sample_rng
-from data.pairs import BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory
-from data.ranks import Ranks
+from data.pairs import (BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory, join_parts,
+                        load_batches)
+from data.ranks import Ranks, usable_cores
+from data.shards import Shards, index_shards
 from data.prepare.tars import write_shards
 from data.text import Tokenizer
 
@@ -23,6 +26,9 @@ TOKENIZER = Tokenizer("".join(f"{base64.b64encode(token).decode()} {rank}\n" for
                               enumerate(BYTES + [byte + b"\0" for byte in BYTES])))
 PAPER = Augmentation(crop=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8,
                      grey_p=0.2, blur_p=0.5)
+
+
+SETTINGS = SimpleNamespace(image_size=16, context_length=24, seed=42)
 
 
 def picture(number):
@@ -42,7 +48,8 @@ def make_pairs(folder, count=20, bad=(), augmentation=PAPER, **options):
     if not folder.exists():
         write_shards(folder, ((f"{i:03d}", "png", picture(i)[:100 if i in bad else None],
                                [f"one {i}", f"picture number {i}"]) for i in range(count)), 7)
-    return Pairs(folder, TOKENIZER, 16, 42, 24, augmentation, pick, **options)
+    index_shards(folder, TOKENIZER)
+    return Pairs(Shards(folder, TOKENIZER), TOKENIZER, SETTINGS, augmentation, pick, **options)
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +140,42 @@ def test_captions_are_chosen_by_the_sample_s_generator(pairs):
 
 def test_a_long_caption_is_cut_and_keeps_its_end(tmp_path):
     write_shards(tmp_path / "p", [("a", "png", picture(0), ["word " * 50])])
-    pairs = Pairs(tmp_path / "p", TOKENIZER, 16, 0, 12, None, pick)
+    index_shards(tmp_path / "p", TOKENIZER)
+    settings = SimpleNamespace(image_size=16, context_length=12, seed=0)
+    pairs = Pairs(Shards(tmp_path / "p", TOKENIZER), TOKENIZER, settings, PAPER, pick)
     assert torch.equal(pairs.__getitems__([(0, 0)])["tokens"], TOKENIZER("word " * 50, 12))
     assert pairs.__getitems__([(0, 0)])["tokens"][0, -1] == TOKENIZER.end
 
 
-def test_without_augmentation_images_are_as_evaluated_with_the_first_caption(tmp_path):
-    pairs = make_pairs(tmp_path / "p", augmentation=None)
-    batch = pairs.__getitems__([(0, position) for position in range(20)])
-    for row, sample in enumerate(batch["samples"].tolist()):
-        assert torch.equal(batch["images"][row], eval_image(decode(picture(sample)), 16))
-    captions = [f"one {sample}" for sample in batch["samples"].tolist()]
-    assert torch.equal(batch["tokens"], TOKENIZER(captions, 24))
+def test_chosen_pairs_are_the_only_ones_and_keep_their_draws(pairs, tmp_path):
+    chosen = make_pairs(tmp_path / "p", chosen=[3, 11, 17])
+    batch = chosen.__getitems__([(4, position) for position in range(3)])
+    assert len(chosen) == 3 and sorted(batch["samples"].tolist()) == [3, 11, 17]
+    assert chosen.fingerprint != pairs.fingerprint
+    place = epoch_order(42, 4, 20).tolist().index(batch["samples"][0].item())
+    assert torch.equal(pairs.__getitems__([(4, place)])["images"][0], batch["images"][0])
 
 
-def test_a_limit_keeps_to_the_first_pairs(tmp_path):
-    pairs = make_pairs(tmp_path / "p", limit=5)
-    batch = pairs.__getitems__([(3, position) for position in range(5)])
-    assert len(pairs) == 5 and sorted(batch["samples"].tolist()) == list(range(5))
+def second_view(pairs, sample, caption, rng, config):
+    return {"noise": rng.random(2, np.float32), "caption": np.int64(caption + config.seed)}
+
+
+def test_extra_arrays_are_drawn_last_and_move_nothing_else(pairs, tmp_path):
+    more = make_pairs(tmp_path / "p", extra_arrays=second_view)
+    places = [(2, position) for position in range(8)]
+    plain, batch = pairs.__getitems__(places), more.__getitems__(places)
+    assert all(torch.equal(plain[key], batch[key]) for key in plain if key != "bad")
+    assert batch["noise"].shape == (8, 2) and set(batch["caption"].tolist()) == {42, 43}
+
+
+def test_a_batch_is_the_same_in_parts_of_any_size(pairs, monkeypatch):
+    whole = [part for part, in load_batches(pairs, PairBatches(20, 9, 0, 1, 0, 2), 0)]
+    monkeypatch.setattr("data.pairs.PART", 4)
+    order = PairBatches(20, 9, 0, 1, 0, 2)
+    for expected, parts in zip(whole, load_batches(pairs, order, 0), strict=True):
+        batch = join_parts(parts, torch.device("cpu"))
+        assert [len(part["samples"]) for part in parts] == [4, 4, 1]
+        assert all(torch.equal(batch[key], expected[key]) for key in expected if key != "bad")
 
 
 def test_pairs_sent_to_a_process_make_the_same_batch(pairs):
@@ -195,7 +220,9 @@ def test_thirty_percent_bad_stop_a_run_with_the_reasons(tmp_path):
     faults = {0: b"", 1: b"<html>", 2: picture(2)[:100]}
     write_shards(folder, ((f"{i:03d}", "png", faults.get(i % 10, picture(i)), ["x"])
                           for i in range(200)))
-    pairs = Pairs(folder, TOKENIZER, 16, 42, 24, PAPER, pick)
+    index_shards(folder, TOKENIZER)
+    pairs = Pairs(Shards(folder, TOKENIZER), TOKENIZER, SETTINGS, PAPER, pick)
+    (tmp_path / "run").mkdir()
     bad = BadSamples(tmp_path / "run")
     with pytest.raises(ValueError) as error:
         for step, batch in enumerate(batches(pairs, 50, stop=40), 1):
@@ -231,13 +258,36 @@ def test_a_resumed_run_goes_on_counting_and_names_nothing_twice(tmp_path):
 
 # ---------------------------------------------------------------- shared memory
 
-def test_too_little_shared_memory_is_an_error_before_workers_start(monkeypatch):
+def test_too_little_shared_memory_is_an_error_before_workers_start(pairs, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=64 * 2**20)  # docker's default
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="18 batches of 1024 images.* 2.8 GB, and 0.1 GB are free"):
-        check_shared_memory(8, 1024, 224)
-    check_shared_memory(0, 1024, 224)
-    check_shared_memory(8, 16, 224)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match="144 batches of 16 images"):
-        check_shared_memory(8, 16, 224)
+    with pytest.raises(ValueError, match="18 x 256 images.* 0.7 GB, and 0.1 GB are free"):
+        check_shared_memory(18, 256, 224)
+    check_shared_memory(18, 16, 224)
+    monkeypatch.setattr("data.pairs.SHARED_MEMORY", "/nowhere")
+    check_shared_memory(18, 256, 224)
+
+
+@pytest.mark.parametrize("workers, ranks, parts", [(8, 1, 18), (8, 8, 144), (-1, 2, 12)])
+def test_parts_of_all_ranks_of_the_machine_are_counted(pairs, monkeypatch, workers, ranks, parts):
+    """Two parts a loader process and a batch's own and one more; -1 shares six cores."""
+    asked = []
+    monkeypatch.setattr("data.pairs.check_shared_memory", lambda *args: asked.append(args))
+    monkeypatch.setattr("data.pairs.usable_cores", lambda: 6)
+    monkeypatch.setattr("data.pairs.DataLoader", lambda *args, **kwargs: ())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    list(load_batches(pairs, PairBatches(20, 16, 0, 1, 0, 0), workers))
+    assert asked == [(parts, 16, 16)]
+
+
+def test_a_container_has_the_cores_of_its_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("data.ranks.CPU_QUOTA", tmp_path / "cpu.max")
+    assert usable_cores() == 64
+    for text, cores in (("max 100000", 64), ("400000 100000", 4), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert usable_cores() == cores
+    monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    (tmp_path / "cpu.max").write_text("max 100000")
+    assert usable_cores() == 3

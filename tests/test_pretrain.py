@@ -1,5 +1,6 @@
 """pretrain.py: gradients across ranks and micro-batches, schedule, resume, and what goes wrong."""
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,7 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import pretrain
+from configs import load_config
 from data import ranks as ranks_module
+from data.pairs import split_rows
+from data.pieces import ChunkedLoss
 from data.ranks import Ranks
 from model import CLIP, SIZES, load_clip, read_checkpoint
 
@@ -55,8 +59,8 @@ def written_out_gradient(dtype):
     return {name: p.grad for name, p in clip.named_parameters()}, loss.item()
 
 
-def our_gradient(parts, chunk, dtype, exact=True, compiled=False):
-    """accumulate_gradient as the loop calls it, on this rank's share in `parts` micro-batches."""
+def our_gradient(parts, chunk, dtype, group=None, compiled=False):
+    """The loop's gradient of this rank's share in `parts` micro-batches; group: of alone.py."""
     clip, images, tokens = tiny(dtype)
     if compiled:  # traced and differentiated as by inductor, without its minutes of C++
         clip.vision.compile(backend="aot_eager")
@@ -64,16 +68,28 @@ def our_gradient(parts, chunk, dtype, exact=True, compiled=False):
     ranks = Ranks()
     local = BATCH // ranks.world
     mine = slice(ranks.rank * local, (ranks.rank + 1) * local)
-    images, tokens = images[mine], tokens[mine]
-    config = pretrain.Config(micro_batch=math.ceil(local / parts), loss_chunk=chunk,
-                             exact_negatives=exact)
-    model = clip if ranks.world == 1 else torch.nn.parallel.DistributedDataParallel(
-        clip, gradient_as_bucket_view=True)
-    loss, _, _ = pretrain.accumulate_gradient(
-        model, lambda rows: model(images[rows], tokens[rows]), local, config, ranks)
+    batch = {"views": images[mine], "tokens": tokens[mine], "samples": torch.arange(local)}
+    config = pretrain.Config(loss_chunk=chunk, dtype="float32")
+    model = pretrain.Encoder(clip, config)
+    if ranks.world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    loss_of = functools.partial(pretrain.global_loss, config=config, ranks=ranks)
+    if group:
+        load_config(pretrain.Config, vars(pretrain), [str(ROOT / "configs/ideas/alone.py")])
+        config = types.SimpleNamespace(loss_chunk=chunk, dtype="float32", group=group)
+        loss_of = functools.partial(pretrain.global_loss, config=config, ranks=ranks)
+    if parts == 1:
+        loss, _ = pretrain.whole_gradient(model, batch, config, ranks)
+    else:
+        micro = split_rows(batch, math.ceil(local / parts))
+        loss, _ = pretrain.cached_gradient(model, micro, loss_of, ranks)
+    load_config(pretrain.Config, vars(pretrain), [])  # alone.py's function goes again
     if ranks.world > 1:
         dist.all_reduce(loss)
     return {n: p.grad.clone() for n, p in clip.named_parameters()}, loss.item() / ranks.world
+
+
+GatherRows = ranks_module.GatherRows
 
 
 class GatherWithoutGradient(torch.autograd.Function):
@@ -81,7 +97,7 @@ class GatherWithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):
         ctx.rank, ctx.count = dist.get_rank(), len(rows)
-        return ranks_module.GatherRows.forward(ctx, rows)
+        return GatherRows.forward(ctx, rows)
 
     @staticmethod
     def backward(ctx, grad):
@@ -101,8 +117,8 @@ def rank_process(rank, world, folder):
     results = {case: our_gradient(*case) for case in CASES}
     if world == 2:
         results["compiled"] = our_gradient(2, 0, torch.float64, compiled=True)
-    results["alone"] = our_gradient(3, 0, torch.float64, exact=False)
-    pretrain.GatherRows = GatherWithoutGradient
+    results["alone"] = our_gradient(1, 0, torch.float64, group=2)
+    ranks_module.GatherRows = GatherWithoutGradient
     results["no gradient"] = our_gradient(1, 0, torch.float64)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
@@ -160,19 +176,37 @@ def test_the_common_mistakes_give_another_gradient(of_ranks, world, mistake):
     assert largest_relative_difference(ours, written_out_gradient(torch.float64)[0]) > 1e-2
 
 
+def test_groups_that_do_not_see_each_other_weigh_by_their_pairs():
+    """alone.py with 4, 4 and 2 pairs a group: each pair weighs a tenth, by logarithms written out."""
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(10, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    expected = 0.0
+    for first, last in ((0, 4), (4, 8), (8, 10)):
+        scores = (3 * images[first:last] @ texts[first:last].T).exp()
+        for own in range(last - first):
+            for others in (scores[own], scores[:, own]):
+                expected -= (scores[own, own] / others.sum()).log() / 2 / 10
+    load_config(pretrain.Config, vars(pretrain), [str(ROOT / "configs/ideas/alone.py")])
+    rows = {"image": images, "text": texts, "scale": torch.tensor(3.0)}
+    settings = types.SimpleNamespace(group=4, loss_chunk=0)
+    loss = pretrain.global_loss(rows, settings, Ranks())
+    load_config(pretrain.Config, vars(pretrain), [])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_chunked_loss_equals_the_plain_one():
     torch.manual_seed(0)
     a, b = (F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1) for _ in range(2))
-    plain = pretrain.contrastive_loss(a, b, a, b, 10.0, 0, 0)
+    plain = pretrain.contrastive_loss(a, b, a, b, 10.0, 0)
     for chunk in (1, 4, 9):
-        loss = pretrain.contrastive_loss(a, b, a, b, torch.tensor(10.0), 0, chunk)
+        loss = ChunkedLoss.apply(pretrain.contrastive_loss, chunk, a, b, a, b, torch.tensor(10.0), 0)
         assert loss.item() == pytest.approx(plain.item(), rel=1e-14)
 
 
 def test_loss_of_random_features_is_log_batch():
     torch.manual_seed(0)
     a, b = (F.normalize(torch.randn(256, 64), dim=1) for _ in range(2))
-    loss = pretrain.contrastive_loss(a, b, a, b, 1.0, 0, 0)
+    loss = pretrain.contrastive_loss(a, b, a, b, 1.0, 0)
     assert loss.item() == pytest.approx(math.log(256), abs=0.1)
 
 
@@ -279,14 +313,14 @@ def half(content, file):
 def renamed(*args):
     replace(*args); die()
 torch_save, replace, save = torch.save, os.replace, pretrain.save
-def save_and_die(name, clip, optimizer, step, *rest):
-    if step == at:
+def save_and_die(names, config, content):
+    if content["step"] == at:
         if point == "opened": torch.save = die
         if point == "half": torch.save = half
         if point == "written": os.fsync = die
         if point == "synced": os.replace = die
         if point == "renamed": os.replace = renamed
-    return save(name, clip, optimizer, step, *rest)
+    return save(names, config, content)
 pretrain.save = save_and_die
 lr_at = pretrain.lr_at
 def lr_or_die(step, total_steps, config):
@@ -404,10 +438,10 @@ def test_full_disk_warns_keeps_the_last_checkpoint_and_goes_on(arguments, tmp_pa
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     save = pretrain.save
 
-    def save_on_a_small_disk(name, clip, optimizer, step, *rest):
-        if step == 4:  # a file may have 100 kB from now on
+    def save_on_a_small_disk(names, config, content):
+        if content["step"] == 4:  # a file may have 100 kB from now on
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
-        save(name, clip, optimizer, step, *rest)
+        save(names, config, content)
 
     monkeypatch.setattr(pretrain, "save", save_on_a_small_disk)
     try:
@@ -419,12 +453,11 @@ def test_full_disk_warns_keeps_the_last_checkpoint_and_goes_on(arguments, tmp_pa
     assert trace(tmp_path)[-1][0] == 6 and not list(tmp_path.glob("*.tmp"))
 
 
-def test_milestones_and_previous_checkpoints_are_kept(arguments, tmp_path):
-    here(arguments(tmp_path, "--keep_at=(32,100)", "--keep_last=2"))
+def test_milestones_are_kept(arguments, tmp_path):
+    here(arguments(tmp_path, "--keep_at=(32,100)"))
     names = {path.name for path in tmp_path.glob("*.pt")}
-    assert names == {"ckpt.pt", "ckpt_1.pt", "samples_000000000032.pt", "samples_000000000112.pt"}
+    assert names == {"ckpt.pt", "samples_000000000032.pt", "samples_000000000112.pt"}
     assert read_checkpoint(tmp_path / "samples_000000000112.pt")["optimizer"] is None
-    assert read_checkpoint(tmp_path / "ckpt_1.pt")["step"] == 10
 
 
 @pytest.mark.parametrize("change, words", [
@@ -449,9 +482,12 @@ def test_resume_false_insists_on_an_empty_folder(arguments, tmp_path):
         here(arguments(tmp_path, "--resume=False"))
 
 
-def test_overfit_reaches_zero_loss(arguments, tmp_path):
-    here(arguments(tmp_path, "--overfit=16", "--max_steps=150", "--lr=3e-3", "--warmup_steps=10"))
-    assert trace(tmp_path)[-1][2] < 0.01
+def test_sixteen_chosen_pairs_are_learnt_by_heart(arguments, tmp_path):
+    recipe = tmp_path / "sixteen.py"
+    recipe.write_text("def choose_pairs(shards, config):\n    return range(100, 116)\n")
+    here([str(recipe), *arguments(tmp_path / "run", "--max_steps=150", "--lr=3e-3",
+                                  "--warmup_steps=10", "--crop=(1.0,1.0)")])
+    assert trace(tmp_path / "run")[-1][2] < 0.01
 
 
 def test_temperature_above_the_cap_comes_back(arguments, tmp_path, monkeypatch):
@@ -598,19 +634,19 @@ def start_of(argv, monkeypatch):
     """What the first step of a run meets: batch bytes, draws, tokens, text and vision weights."""
     from model import weights_checksum
     seen = {}
-    accumulate, augment = pretrain.accumulate_gradient, pretrain.augment
+    gradient, augment = pretrain.whole_gradient, pretrain.augment
 
     def look_at_weights(model, *rest):
-        seen.setdefault("text", weights_checksum(model.text.state_dict()))
-        seen.setdefault("vision", weights_checksum(model.vision.state_dict()))
-        return accumulate(model, *rest)
+        seen.setdefault("text", weights_checksum(model.clip.text.state_dict()))
+        seen.setdefault("vision", weights_checksum(model.clip.vision.state_dict()))
+        return gradient(model, *rest)
 
     def look_at_batch(images, draws, augmentation):
         seen.setdefault("batches", []).append((images.sum().item(), draws.sum().item()))
         return augment(images, draws, augmentation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "accumulate_gradient", look_at_weights)
+        patch.setattr(pretrain, "whole_gradient", look_at_weights)
         patch.setattr(pretrain, "augment", look_at_batch)
         here(argv)
     return seen
