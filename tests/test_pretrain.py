@@ -780,3 +780,162 @@ def test_batch_that_does_not_divide_names_neighbours_that_do(arguments, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "6")
     with pytest.raises(ValueError, match="not a multiple of 6 ranks; try 18 or 12"):
         here(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("extra, words", [
+    (["--image_size=36"], "image_size=36: must be a multiple of toy's patch; try 32 or 40"),
+    (["--init=a.pt", "--init_vision=b.pt"], "init=a.pt: brings its own vision tower"),
+])
+def test_settings_that_do_not_fit_each_other_are_one_line(arguments, tmp_path, extra, words):
+    with pytest.raises(ValueError, match=words):
+        here(arguments(tmp_path / "run", *extra))
+
+
+def test_without_a_compiler_compiling_is_refused_before_any_work(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C.. compiler.* --compile=false"):
+        here(arguments(tmp_path / "run", "--compile=true"))
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------- a run that goes on
+
+
+def test_the_advised_cure_of_a_nan_works_and_is_remembered(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=2"))
+    here(arguments(tmp_path, "--max_steps=4", "--lr=1e-4", "--change=lr,max_steps"))
+    with open(tmp_path / "log.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    changed = [record for record in records if "changed" in record]
+    assert [(r["step"], r["changed"]["lr"]) for r in changed] == [(2, [1e-3, 1e-4])]
+    command = (tmp_path / "record/command.txt").read_text().splitlines()[-1]
+    assert command.endswith("from step 2; lr was 0.001, is 0.0001; max_steps was 2, is 4")
+    assert read_checkpoint(tmp_path / "ckpt.pt")["config"]["lr"] == 1e-4
+
+
+def test_another_decay_of_weights_is_in_force_after_the_change(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=2"))
+    here(arguments(tmp_path, "--max_steps=3", "--weight_decay=0.5",
+                   "--change=weight_decay,max_steps"))
+    groups = read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.5
+
+
+def test_a_moved_folder_goes_on(arguments, tmp_path):
+    here(arguments(tmp_path / "a", "--max_steps=12"))
+    finish(process(["step", "7", *arguments(tmp_path / "b")], code=KILL))
+    (tmp_path / "b").rename(tmp_path / "c")
+    here(arguments(tmp_path / "c"))
+    assert trace(tmp_path / "c") == trace(tmp_path / "a")
+
+
+def test_a_run_without_its_recipe_is_another_run(arguments, tmp_path):
+    recipe = tmp_path / "flat.py"
+    recipe.write_text("def lr_at(step, total_steps, config):\n    return config.lr\n")
+    here([str(recipe), *arguments(tmp_path / "run", "--max_steps=2")])
+    with pytest.raises(ValueError, match=r"hooks was \{'lr_at': 'flat'\}"):
+        here(arguments(tmp_path / "run", "--max_steps=2"))
+
+
+def test_a_checkpoint_of_groups_goes_on_with_alone_only(arguments, tmp_path):
+    """exact_negatives=False of earlier versions is configs/ideas/alone.py now."""
+    from model import write_checkpoint
+    here(arguments(tmp_path, "--max_steps=2"))
+    content = read_checkpoint(tmp_path / "ckpt.pt")
+    content["config"] |= {"exact_negatives": False, "keep_last": 1}
+    del content["hooks"]
+    write_checkpoint(tmp_path / "ckpt.pt", content)
+    with pytest.raises(ValueError, match="hooks was .*configs.ideas.alone"):
+        here(arguments(tmp_path, "--max_steps=2"))
+    here([str(ROOT / "configs/ideas/alone.py"), *arguments(tmp_path, "--max_steps=2")])
+
+
+def test_nodes_that_do_not_share_out_dir_stop_with_one_line_each(arguments, tmp_path):
+    here(arguments(tmp_path / "node0", "--max_steps=2"))
+    code = ("import os, sys, pretrain; from data.log import run_main\n"
+            "folder = f'{sys.argv.pop(1)}/node' + os.environ['RANK']\n"
+            "run_main(lambda: pretrain.main([*sys.argv[1:], f'--out_dir={folder}']))")
+    codes, outputs = finish(process([str(tmp_path), *arguments("none")], code=code, world=2))
+    assert codes == [2, 2]
+    assert "rank 0 and rank 1 differ on whether" in outputs[0] and outputs[0].count("\n") == 1
+    assert ", rank 1: rank 0 and rank 1 differ" in outputs[1] and outputs[1].count("\n") == 1
+
+
+def test_an_error_of_one_rank_is_printed_with_its_rank(arguments, tmp_path):
+    recipe = tmp_path / "odd.py"
+    recipe.write_text("import os\ndef prepare_model(clip, config):\n"
+                      "    if os.environ['RANK'] == '1':\n        raise ValueError('no luck')\n")
+    _, outputs = finish(process([str(recipe), *arguments(tmp_path / "run")], world=2))
+    assert ", rank 1: no luck\n" in outputs[1]
+
+
+def interrupt(argv, code, when, times=1):
+    """Ctrl-C, `times` times, once the output has the word `when`; exit code and seconds after."""
+    started, = process(argv, code=code)
+    for line in started.stdout:
+        if when in line:
+            break
+    asked = time.time()
+    for _ in range(times):
+        started.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    started.communicate(timeout=60)
+    return started.returncode, time.time() - asked
+
+
+SLOW = '''
+import sys, time, pretrain
+from data.log import run_main
+place = sys.argv.pop(1)
+def slow(*arguments):
+    print("now", flush=True); time.sleep(30)
+if place == "index": pretrain.index_shards = slow
+if place == "first": pretrain.whole_gradient = slow
+if place == "later":
+    after_step = pretrain.after_step
+    def then_slow(clip, step, *rest):
+        after_step(clip, step, *rest)
+        if step == 2: slow()
+    pretrain.after_step = then_slow
+run_main(lambda: pretrain.main(sys.argv[1:]))
+'''
+
+
+@pytest.mark.parametrize("place, times", [("index", 1), ("first", 1), ("later", 2)])
+def test_ctrl_c_ends_at_once_before_the_first_step_and_when_repeated(arguments, tmp_path, place,
+                                                                     times):
+    code, seconds = interrupt([place, *arguments(tmp_path)], SLOW, "now", times)
+    assert code in (130, -signal.SIGINT) and seconds < 20
+
+
+def test_a_full_disk_costs_a_line_of_the_log_and_no_more(arguments, tmp_path, monkeypatch, capsys):
+    from data import log
+
+    def no_room(path, mode="r", **kwargs):
+        if str(path).endswith("log.jsonl") and mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **kwargs)
+
+    monkeypatch.setattr(log, "open", no_room, raising=False)
+    here(arguments(tmp_path, "--max_steps=2"))
+    assert "a line was not written ([Errno 28] No space left" in capsys.readouterr().out
+
+
+def test_loader_processes_that_are_not_forked_know_the_recipe_s_functions(arguments, tmp_path):
+    """macOS and Python 3.14 start them afresh: functions are imported there, settings are sent."""
+    recipe = tmp_path / "noisy.py"
+    recipe.write_text("amount: float = 2.0\n"
+                      "def extra_arrays(pairs, sample, caption, rng, config):\n"
+                      "    return {'noise': rng.random(3) * config.amount}\n"
+                      "def pick_caption(count, rng):\n    return 0\n")
+    script = tmp_path / "start.py"
+    script.write_text("import multiprocessing, sys\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\n"
+                      "import pretrain\n"
+                      "if __name__ == '__main__':\n"
+                      "    multiprocessing.set_start_method('spawn')\n"
+                      "    pretrain.run_main(lambda: pretrain.main(sys.argv[1:]))\n")
+    done = subprocess.run([sys.executable, script, recipe, *arguments(
+        tmp_path / "run", "--max_steps=2", "--workers=1", "--amount=3")], cwd=ROOT, timeout=120,
+        text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

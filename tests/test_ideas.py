@@ -1,0 +1,172 @@
+"""configs/ideas: every idea gives the same whatever micro-batches, ranks and interruptions."""
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pretrain
+from configs import load_config
+from data.ranks import Ranks
+from model import load_clip, read_checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+IDEAS = sorted(path.stem for path in (ROOT / "configs/ideas").glob("*.py"))
+OPTIONS = {"alone": ["--group=6"]}  # so that an idea shows at a batch of 16
+ON_RANKS = {"siglip"}  # of those whose rule allows it, one a kind of collective
+
+
+@pytest.fixture(scope="module")
+def arguments(toy_world):
+    """arguments(idea, out_dir, *more) of a six-step run of 16 pairs on the small toy world."""
+    def build(idea, out_dir, *more):
+        return [str(ROOT / "configs/toy.py"), str(ROOT / f"configs/ideas/{idea}.py"),
+                f"--data={toy_world}/pairs", f"--vocabulary={toy_world}/vocabulary/toy.tiktoken",
+                "--held_out=", f"--out_dir={out_dir}", "--batch_size=16", "--max_steps=6",
+                "--warmup_steps=2", "--workers=0", "--log_every=1", "--save_every=3",
+                "--keep_at=()", *OPTIONS.get(idea, []), *more]
+    return build
+
+
+def run(argv):
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        pretrain.main(argv)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def figures(out_dir):
+    """Loss, norm of the gradient and temperature of each step."""
+    with open(f"{out_dir}/log.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    return [[record[key] for key in ("loss", "grad_norm", "scale")] for record in records
+            if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """whole(idea) -> folder of a run that nothing interrupted, in one piece on one rank."""
+    known = {}
+
+    def of(idea):
+        if idea not in known:
+            known[idea] = tmp_path_factory.mktemp(idea)
+            run(arguments(idea, known[idea]))
+        return known[idea]
+    return of
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_micro_batches_give_the_steps_of_the_whole(arguments, whole, tmp_path, idea):
+    run(arguments(idea, tmp_path, "--micro_batch=8"))
+    for ours, theirs in zip(figures(tmp_path), figures(whole(idea)), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)  # fp32 in another order, six steps long
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_a_run_that_stopped_goes_on_to_the_same_digits(arguments, whole, tmp_path, idea,
+                                                       monkeypatch):
+    expected, gradient, steps = figures(whole(idea)), pretrain.whole_gradient, []
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return gradient(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "whole_gradient", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(arguments(idea, tmp_path))
+    run(arguments(idea, tmp_path))
+    assert figures(tmp_path) == expected
+
+
+@pytest.mark.parametrize("idea", sorted(ON_RANKS))
+def test_two_ranks_make_the_steps_of_one(arguments, whole, tmp_path, idea):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        ranks.append(subprocess.Popen([sys.executable, "pretrain.py", *arguments(idea, tmp_path)],
+                                      cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT))
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    for ours, theirs in zip(figures(tmp_path), figures(whole(idea)), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_a_checkpoint_opens_without_what_only_training_needs(whole, idea):
+    clip = load_clip(whole(idea) / "ckpt.pt")
+    assert not list(clip.extra.parameters())
+    assert read_checkpoint(whole(idea) / "ckpt.pt")["hooks"]
+    record = whole(idea) / "record"
+    assert list(record.rglob(f"{idea}.py")) and list(record.rglob("toy.py"))
+
+
+@pytest.mark.parametrize("idea", IDEAS)
+def test_an_idea_is_at_most_forty_lines_of_code(idea):
+    import ast
+    source = (ROOT / f"configs/ideas/{idea}.py").read_text()
+    body = ast.parse(source).body
+    code = source.splitlines()[body[0].end_lineno:]  # behind the docstring
+    lines = [line for line in code if line.strip() and not line.strip().startswith("#")]
+    assert ast.get_docstring(ast.parse(source)) and len(lines) <= 40
+
+
+# ------------------------------------------------------------------------ the facts of each idea
+
+
+def hooks_of(idea):
+    """pretrain's functions as the idea replaces them; the plain ones come back with it."""
+    load_config(pretrain.Config, vars(pretrain), [str(ROOT / f"configs/ideas/{idea}.py")])
+    found = types.SimpleNamespace(**{name: getattr(pretrain, name) for name in pretrain.HOOKS})
+    load_config(pretrain.Config, vars(pretrain), [])
+    return found
+
+
+def random_rows(b, width=8, seed=0):
+    torch.manual_seed(seed)
+    image, text = (F.normalize(torch.randn(b, width, dtype=torch.float64), dim=1) for _ in range(2))
+    return {"image": image, "text": text, "scale": torch.tensor(5.0, dtype=torch.float64)}
+
+
+def test_siglip_equals_the_double_loop_over_pairs():
+    rows = random_rows(6) | {"bias": torch.tensor(-2.0, dtype=torch.float64)}
+    expected = 0.0
+    for i in range(6):
+        for j in range(6):
+            score = 5.0 * rows["image"][i] @ rows["text"][j] - 2.0
+            sign = 1 if i == j else -1
+            expected -= torch.log(1 / (1 + torch.exp(-sign * score)))
+    loss = hooks_of("siglip").global_loss(rows, None, Ranks())
+    assert loss.item() == pytest.approx(expected.item() / 6, rel=1e-12)
+
+
+def test_siglip_equals_open_clips_loss():
+    open_clip_loss = pytest.importorskip("open_clip.loss", reason="open_clip is not installed")
+    rows = random_rows(9) | {"bias": torch.tensor(-2.0, dtype=torch.float64)}
+    theirs = open_clip_loss.SigLipLoss()(rows["image"], rows["text"], rows["scale"], rows["bias"])
+    loss = hooks_of("siglip").global_loss(rows, None, Ranks())
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_alone_in_one_group_is_the_plain_loss():
+    rows, config = random_rows(6), types.SimpleNamespace(group=6, loss_chunk=0)
+    ours = hooks_of("alone").global_loss(rows, config, Ranks())
+    assert ours.item() == pytest.approx(pretrain.global_loss(rows, config, Ranks()).item(), rel=1e-14)
