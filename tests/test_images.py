@@ -334,6 +334,18 @@ def test_changing_one_probability_leaves_the_other_draws():
     assert (plain != flipped).tolist() == [True] + [False] * 10
 
 
+def test_a_seed_always_gives_the_same_draws_and_crops():
+    rng = np.random.default_rng(0)
+    drawn = np.stack([draw_augmentation(PAPER, rng) for _ in range(3)])
+    expected = [[0, 0, 0.131402507, 1, 1, 1, 0, 2, 1, 3, 0],
+                [1, 0, 1.740039945, 0.839769542, 0.938149750, 0.622655749, -0.075143345, 3, 2, 1, 0],
+                [0, 0, 0, 0.911137164, 0.708077192, 1.177190661, 0.00507086469, 0, 1, 2, 3]]
+    assert np.array_equal(drawn, np.array(expected, np.float32))
+    rng = np.random.default_rng(0)
+    boxes = [crop_box(400, 300, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3)]
+    assert boxes == [(24, 12, 384, 296), (71, 0, 384, 244), (170, 77, 317, 259)]
+
+
 # ---------------------------------------------------------------- the device part
 
 def neutral(count):
