@@ -304,6 +304,13 @@ def test_csv_has_nights_columns_and_files(toy_world):
         assert Image.open(toy_world / "nights" / rows[7][column]).size == (64, 64)
 
 
+def test_the_csv_holds_every_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "SETS", ())
+    toy.draw_world(toy.Config(pairs=0, held_out=0, triplets=1003, processes=1), tmp_path)
+    with open(tmp_path / "nights" / "data.csv") as file:
+        assert [int(row["id"]) for row in csv.DictReader(file)] == list(range(1003))
+
+
 def test_eight_tenths_train_and_the_rest_is_halved(toy_world):
     sizes = [len(Triplets(toy_world / "nights", split, min_votes=1))
              for split in ("train", "val", "test")]
