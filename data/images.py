@@ -87,17 +87,17 @@ def open_image(data):
 
 
 def decode(data):
-    """Bytes -> upright PIL image in mode RGB.
-
-    Alpha is laid on white, 16 bits are scaled to 8, an animation gives its first frame, and an EXIF
-    block that cannot be read counts as upright. Raises BadImage: those of `open_image`,
-    "truncated", "corrupt" and "unknown pixel format".
-    """
+    """Bytes -> upright PIL image in mode RGB. Raises BadImage, as its two halves do."""
     return load_rgb(open_image(data))
 
 
 def load_rgb(image):
-    """The second half of `decode`: a freshly opened PIL image -> upright RGB."""
+    """PIL image, freshly opened -> upright RGB.
+
+    Alpha is laid on white, 16 bits are scaled to 8, an animation gives its first frame, and an
+    EXIF block that cannot be read counts as upright.
+    Raises BadImage: "truncated", "corrupt", "unknown pixel format".
+    """
     try:
         image.load()
     except DECODER_ERRORS as error:
@@ -168,8 +168,9 @@ def train_image(data, size, augmentation, rng):
     BadImage as `decode` does.
     """
     image = open_image(data)
-    turned = _orientation(image) >= 5  # on its side until load_rgb
-    width, height = image.size[::-1] if turned else image.size
+    width, height = image.size
+    if _orientation(image) >= 5:  # lies on its side until load_rgb
+        width, height = height, width
     box = crop_box(width, height, augmentation.crop, augmentation.ratio, rng)
     shrunk = _skip_detail(image, min(box[2] - box[0], box[3] - box[1]) / size)
     left, top, right, bottom = (round(edge / shrunk) for edge in box)
@@ -184,39 +185,45 @@ def crop_box(width, height, area, ratio, rng):
     Ten tries at a share of the area, uniform, and a width / height, log-uniform; a crop that does
     not fit is drawn again. Then the centre, cut to the nearest ratio allowed.
     """
+    narrowest, widest = ratio
     for _ in range(10):
         share, shape, x, y = rng.random(4).tolist()
-        pixels = width * height * _between(*area, share)
-        aspect = math.exp(_between(*map(math.log, ratio), shape))
-        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        pixels = width * height * _between(area[0], area[1], share)
+        aspect = math.exp(_between(math.log(narrowest), math.log(widest), shape))
+        w = round(math.sqrt(pixels * aspect))
+        h = round(math.sqrt(pixels / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            left = int(x * (width - w + 1))
+            top = int(y * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
-    left, top = (width - w) // 2, (height - h) // 2
+    w = min(width, round(height * widest))
+    h = min(height, round(width / narrowest))
+    left = (width - w) // 2
+    top = (height - h) // 2
     return left, top, left + w, top + h
 
 
 def _skip_detail(image, times_too_large):
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 where twice the detail needed remains; return 2, 4, 8.
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8: several times faster. Returns 2, 4, 8, or 1.
 
-    A decoder that skips the finest coefficients is several times faster on camera pictures. The
-    rest is resized with antialiasing: on 1/f noise the result differs by 0.8 grey levels in the
-    mean, on drawn shapes by 0.1, and with less than twice the detail by up to 5. Edges of the crop
-    move to multiples of 2, 4 or 8 pixels, at most a quarter of a pixel of the result.
+    Twice the detail that is needed remains: the resized result differs by 0.8 grey levels in the
+    mean on 1/f noise, by 0.1 on drawn shapes (with less detail by up to 5). Edges of the crop move
+    by at most a quarter of a pixel of the result.
     """
-    shrink = next((s for s in (8, 4, 2) if times_too_large >= 2 * s), 1)
-    if image.format != "JPEG" or shrink == 1:
+    if image.format != "JPEG":
         return 1
-    image.draft(None, (image.width // shrink, image.height // shrink))
-    return shrink
+    for shrink in (8, 4, 2):
+        if times_too_large >= 2 * shrink:
+            image.draft(None, (image.width // shrink, image.height // shrink))
+            return shrink
+    return 1
 
 
 # ---------------------------------------------------------------- device
 
-# Columns of the drawn parameters (B, 11). Without an operation its column says "nothing".
-FLIP, GREY, SIGMA, BRIGHTNESS, HUE, ORDER, DRAWS = 0, 1, 2, 3, 6, 7, 11
+# Columns of a sample's draws. An operation that was not drawn has the value that changes nothing.
+FLIP, GREY, SIGMA, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER = range(8)
+DRAWS = 11       # the order of the jitter takes the last four
 BLUR_REACH = 11  # 23 taps, as SimCLR has them at 224 pixels; at sigma 2 the rest weighs 1e-8
 
 
@@ -227,17 +234,20 @@ def draw_augmentation(augmentation, rng):
     shift in turns, and the order in which these four are applied (torchvision's ColorJitter).
     """
     u = rng.random(13).tolist()  # always as many, so that no probability moves another's draws
-    draws = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    draws = np.zeros(DRAWS, np.float32)
     draws[FLIP] = u[0] < augmentation.flip
     draws[GREY] = u[1] < augmentation.grey_p
     if u[2] < augmentation.blur_p:
         draws[SIGMA] = _between(*augmentation.blur_sigma, u[3])
+    draws[BRIGHTNESS:HUE] = 1
     if u[4] < augmentation.jitter_p:
-        *reaches, turns = augmentation.jitter
-        draws[BRIGHTNESS:HUE] = [_between(max(0, 1 - reach), 1 + reach, v)
-                                 for reach, v in zip(reaches, u[5:8])]
+        brightness, contrast, saturation, turns = augmentation.jitter
+        draws[BRIGHTNESS] = _between(max(0, 1 - brightness), 1 + brightness, u[5])
+        draws[CONTRAST] = _between(max(0, 1 - contrast), 1 + contrast, u[6])
+        draws[SATURATION] = _between(max(0, 1 - saturation), 1 + saturation, u[7])
         draws[HUE] = _between(-turns, turns, u[8])
-    return np.array(draws + sorted(range(4), key=u[9:].__getitem__), np.float32)
+    draws[ORDER:] = np.argsort(u[9:])
+    return draws
 
 
 def _between(low, high, share):
@@ -252,16 +262,14 @@ def augment_batch(images, draws, augmentation):
     """
     used = augmentation or Augmentation()  # whose device part is empty
     pixels = images.float() / 255
-    # lerp chooses by a weight of 0 or 1, exactly; on a CPU it takes a tenth of torch.where's time
     if used.flip:
-        pixels = torch.lerp(pixels, pixels.flip(-1), _column(draws, FLIP))
+        pixels = _choose(_column(draws, FLIP), pixels.flip(-1), pixels)
     if used.jitter_p and any(used.jitter):
         pixels = _jitter(pixels, draws)
     if used.grey_p:
-        pixels = torch.lerp(pixels, _grey(pixels).expand_as(pixels), _column(draws, GREY))
+        pixels = _choose(_column(draws, GREY), _grey(pixels).expand_as(pixels), pixels)
     if used.blur_p:
-        blurred = (_column(draws, SIGMA) > 0).float()
-        pixels = torch.lerp(pixels, _blur(pixels, draws[:, SIGMA]), blurred)
+        pixels = _blur(pixels, draws[:, SIGMA])
     return _standardise(pixels)
 
 
@@ -278,25 +286,33 @@ def _column(draws, index):
     return draws[:, index].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
 
 
+def _choose(condition, one, other):
+    """torch.where: exact too, as the weight is 0 or 1, and on a CPU ten times faster."""
+    return torch.lerp(other, one, condition.float())
+
+
 def _grey(pixels):  # ITU-R 601-2 luma, as Pillow and torchvision have it
     red, green, blue = pixels.split(1, 1)                             # (B, 1, S, S) each
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def _jitter(pixels, draws):
-    """Brightness (0), contrast (1), saturation (2) and hue (3) in each sample's own order.
+    """Brightness, contrast, saturation and hue, in each sample's own order (ColorJitter).
 
-    The first three are one formula, a blend with black, with the mean grey, with the pixel's grey;
-    so a slot computes one blend and one hue shift, and each sample takes what its order says.
+    The first three are one formula: pixels move away from a target (factor above 1) or towards it
+    (below 1). The target of brightness is black, of contrast the picture's mean grey, of saturation
+    the pixel's own grey. Each of the four steps moves all samples and shifts the hue of all; every
+    sample keeps the one that its order says.
     """
-    for slot in range(ORDER, DRAWS):
-        factor = draws.gather(1, draws[:, slot:slot + 1].long() + BRIGHTNESS)
-        factor = factor.view(-1, 1, 1, 1)                             # (B, 1, 1, 1), as the next
-        contrast, saturation, hue = ((_column(draws, slot) == k).float() for k in (1, 2, 3))
+    for step in range(ORDER, DRAWS):
+        operation = BRIGHTNESS + draws[:, step:step + 1].long()       # (B, 1): column of its factor
+        factor = draws.gather(1, operation).view(-1, 1, 1, 1)         # hue's is in turns
+        operation = operation.view(-1, 1, 1, 1)
         grey = _grey(pixels)                                          # (B, 1, S, S)
-        other = contrast * grey.mean((2, 3), keepdim=True) + saturation * grey
-        blend = torch.lerp(other.expand_as(pixels), pixels, factor).clamp(0, 1)
-        pixels = torch.lerp(blend, _shift_hue(pixels, factor), hue)
+        mean_grey = grey.mean((2, 3), keepdim=True)                   # (B, 1, 1, 1)
+        target = mean_grey * (operation == CONTRAST) + grey * (operation == SATURATION)
+        moved = torch.lerp(target.expand_as(pixels), pixels, factor).clamp(0, 1)
+        pixels = _choose(operation == HUE, _shift_hue(pixels, factor), moved)
     return pixels
 
 
@@ -305,23 +321,31 @@ def _shift_hue(pixels, turns):
     red, green, blue = pixels.split(1, 1)                             # (B, 1, S, S) each
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)
-    # hue in sixths of a turn, times spread: red 0, green 2, blue 4, whichever is largest
-    hue = torch.lerp(red - green + 4 * spread, blue - red + 2 * spread, (value == green).float())
-    hue = torch.lerp(hue, green - blue, (value == red).float())
-    sixths = hue / spread.clamp(min=1e-9) + 6 * turns  # grey has spread 0: any hue will do
-    # Back: round the circle of six a channel is full for two, falls, is empty for two, and rises.
-    away = [sixths + n - 6 * torch.floor((sixths + n) / 6) - 3 for n in (6, 4, 2)]
-    return torch.cat([value - spread * (2 - far.abs()).clamp(0, 1) for far in away], 1)
+    # Hue in sixths of a turn: about 0 where red is largest, 2 where green, 4 where blue is.
+    divisor = spread.clamp(min=1e-9)  # grey has spread 0: any hue will do
+    hue = _choose(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    hue = _choose(value == red, (green - blue) / divisor, hue)
+    hue = hue + 6 * turns
+    # Back: a channel falls for a sixth, is lowest for two, rises for one, and is highest for two.
+    channels = []
+    for offset in (5, 3, 1):  # red falls from 1 to 2, green from 3 to 4, blue from 5 to 6
+        along = (hue + offset) % 6
+        channels.append(value - spread * torch.minimum(along, 4 - along).clamp(0, 1))
+    return torch.cat(channels, 1)                                     # (B, 3, S, S)
 
 
 def _blur(pixels, sigma):
-    """Gaussian blur of (B, 3, S, S) with (B,) sigmas in pixels, reflected at the borders."""
-    B, _, S, _ = pixels.shape
+    """Gaussian blur of (B, 3, S, S) with (B,) sigmas in pixels, reflected at the borders.
+
+    Sigma 0 changes nothing, exactly: its middle tap is 1, the others are 0.
+    """
+    S = pixels.shape[-1]
     reach = min(BLUR_REACH, S - 1)
-    steps = torch.arange(-reach, reach + 1, device=pixels.device)
+    steps = torch.arange(-reach, reach + 1, device=pixels.device)     # (T,)
     taps = torch.softmax(-0.5 * (steps / sigma.clamp(min=0.05)[:, None])**2, 1)    # (B, T)
-    taps = taps[:, None].expand(B, 3, -1).reshape(3 * B, 1, -1, 1)                 # (3B, 1, T, 1)
-    planes = F.pad(pixels, (reach,) * 4, mode="reflect").flatten(0, 1)[None]       # (1, 3B, ., .)
-    for kernel in (taps, taps.transpose(2, 3)):  # down, then across
-        planes = F.conv2d(planes, kernel, groups=3 * B)
-    return planes.reshape(B, 3, S, S)
+    # A matrix per sample: what pixel i of a blurred line takes from pixel j of the line. Its column
+    # j is the blur of a line that is 1 at j alone. (A convolution would need 3 B small ones.)
+    lines = F.pad(torch.eye(S, device=pixels.device)[None], (reach, reach), mode="reflect")[0]
+    windows = lines.unfold(1, len(steps), 1)                          # (S, S, T): j, i, tap
+    matrix = torch.einsum("jit,bt->bij", windows, taps)[:, None]      # (B, 1, S, S)
+    return matrix @ pixels @ matrix.mT                                # down, then across

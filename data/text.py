@@ -3,16 +3,17 @@
     tokenizer = Tokenizer("data/clip.tiktoken")     # or the text of such a file, as in checkpoints
     tokenizer(["a dog", "two cats"])                # (2, 77) int64: start, words, end, zeros
 
-CLIP cuts a caption into words by a regular expression and marks the end of each. tiktoken has no
-such mark, so here it is the byte NUL, which text never holds: a `.tiktoken` file has it at the end
-of the tokens that end a word, each word gets one, and tiktoken's own pattern is "up to a NUL".
-A line of the file is "base64(token) rank". Ranks 0-511 are the 256 bytes, without mark and with;
-those above are merges. The start id is the number of ranks, the end id one more.
+CLIP cuts a caption into words by a regular expression and marks the end of each word. The mark
+is here the byte NUL, which cleaned text never holds: tiktoken is given "a\\0dog\\0" for "a dog",
+and its own pattern of a word is "up to a NUL".
+
+A line of a `.tiktoken` file is "base64(token) rank". Ranks 0 to 255 are the bytes, 256 to 511 the
+same with NUL, which end a word; above are the merges. Then come the ids of start and end.
 
 Ids equal those of OpenAI's and open_clip's tokenizers, except for what only ftfy repairs: mojibake
 ("cafÃ©" for "café") and terminal escapes stay as they are. And "<|endoftext|>" in a caption is
 spelled like any other characters instead of ending it. Packages that clean less (transformers,
-instant-clip-tokenizer) agree on the cleaned text; on the raw one they differ where `clean` acts.
+instant-clip-tokenizer) agree on the cleaned text.
 """
 import base64
 import hashlib
@@ -26,10 +27,11 @@ import regex  # comes with tiktoken; the standard re has no classes for letters 
 import tiktoken
 import torch
 
-# CLIP's words, of lower-case text. A NUL of its own parts two captions; see Tokenizer._encode.
-WORD = r"\x00|'s|'t|'re|'ve|'m|'ll|'d|[{letter}]+|[{number}]|[^\s{letter}{number}\x00]+"
+# CLIP's words, of lower-case text
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[{letter}]+|[{number}]|[^\s{letter}{number}]+"
 find_words = regex.compile(WORD.format(letter=r"\p{L}", number=r"\p{N}")).findall
 find_ascii_words = re.compile(WORD.format(letter="a-z", number="0-9")).findall  # twice as fast
+MAKERS = "python -m data.prepare.vocabulary makes CLIP's, data.prepare.toy the toy world's"
 
 
 class Tokenizer:
@@ -40,17 +42,17 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary):
-        self.text = str(vocabulary)
+        self.text, name = str(vocabulary), "vocabulary"
         if "\n" not in self.text:
-            if not Path(vocabulary).is_file():
-                raise FileNotFoundError(
-                    f"vocabulary {vocabulary}: no such file; CLIP's is made by "
-                    "`python -m data.prepare.vocabulary`, the toy world's by `python -m data.prepare.toy`")
-            self.text = Path(vocabulary).read_text(encoding="utf-8")
-        ranks = read_ranks(self.text, "vocabulary" if vocabulary == self.text else vocabulary)
-        self.start, self.end, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
+            name, file = f"vocabulary {vocabulary}", Path(vocabulary)
+            if not file.is_file():
+                raise FileNotFoundError(f"{name}: no such file; {MAKERS}")
+            self.text = file.read_text(encoding="utf-8", errors="replace")
+        ranks = read_ranks(self.text, name)
+        self.start = len(ranks)
+        self.end = self.start + 1
+        self.size = self.start + 2
         self.fingerprint = hashlib.sha256(self.text.encode()).hexdigest()[:16]
-        self._gap = ranks[b"\0"]  # the id of a word of no characters
         self._bpe = tiktoken.Encoding(
             "captions", pat_str=r"[^\x00]*\x00", mergeable_ranks=ranks, special_tokens={})
 
@@ -62,68 +64,69 @@ class Tokenizer:
 
         What is too long is cut; the end stays. None and "" give start, end.
         """
-        ids, lengths = self._encode([captions] if isinstance(captions, str) else captions)
-        kept = np.minimum(lengths, context_length - 2)
-        rows = np.repeat(np.arange(len(kept)), kept)
-        places = np.arange(len(rows)) - np.repeat(kept.cumsum() - kept, kept)
-        table = np.zeros((len(kept), context_length), np.int64)
-        table[:, 0] = self.start
-        table[rows, 1 + places] = ids[(lengths.cumsum() - lengths)[rows] + places]
-        table[np.arange(len(kept)), 1 + kept] = self.end
+        if isinstance(captions, str):
+            captions = [captions]
+        table = np.zeros((len(captions), context_length), np.int64)
+        for row, ids in zip(table, self.encode(captions)):
+            ids = [self.start] + ids[:context_length - 2] + [self.end]
+            row[:len(ids)] = ids
         return torch.from_numpy(table)
 
     def encode(self, captions):
         """List of captions -> list of lists of ids, without start and end, uncut."""
-        ids, lengths = self._encode(captions)
-        ids, ends = ids.tolist(), lengths.cumsum().tolist()
-        return [ids[first:last] for first, last in zip([0, *ends], ends)]
+        return [self._encode(caption) for caption in captions]
+
+    def _encode(self, caption):  # "A dog" -> words a, dog -> "a\0dog\0" -> ids
+        text = clean(caption)
+        words = find_ascii_words(text) if text.isascii() else find_words(text)
+        if not words:
+            return []
+        return self._bpe.encode_ordinary("\0".join(words) + "\0")
 
     def decode(self, ids):
         """Ids -> their words with spaces between; start, and all from the end on, are left out."""
         ids = [int(i) for i in ids]
-        ids = ids[:ids.index(self.end)] if self.end in ids else ids
+        if self.end in ids:
+            ids = ids[:ids.index(self.end)]
         text = self._bpe.decode_bytes([i for i in ids if i != self.start])
         return text.replace(b"\0", b" ").decode("utf-8", "replace").strip()
 
-    def _encode(self, captions):
-        """List of B captions -> ids of all, one after another, and their numbers (B,): arrays.
-
-        One pass for the whole list. ["a dog", "cat"] -> "a dog \\0 cat \\0" -> words a, dog, \\0,
-        cat, \\0 -> "a\\0dog\\0\\0\\0cat\\0\\0\\0": behind each caption two empty words, whose id
-        nothing else has.
-        """
-        text = "".join([clean(caption) + " \0 " for caption in captions])
-        words = (find_ascii_words if text.isascii() else find_words)(text)
-        ids = self._bpe.encode_to_numpy("\0".join([*words, ""]))
-        gaps = ids == self._gap
-        return ids[~gaps], np.diff(np.flatnonzero(gaps), prepend=-1)[::2] - 1
-
 
 def read_ranks(text, name):
-    """{token: rank} of a `.tiktoken` file's text; ValueError if there is no use for it here."""
+    """{token: rank} of a `.tiktoken` file's text; ValueError, with `name`, if it is none."""
+    lines = text.splitlines()
+    ranks = {}
     try:
-        lines = [line.split() for line in text.splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        for line in lines:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
     except ValueError:
-        raise ValueError(f"{name}: not a .tiktoken file (lines of base64 and rank)") from None
-    bytes_needed = {bytes([byte]) + mark for byte in range(256) for mark in (b"", b"\0")}
-    if sorted(ranks.values()) != list(range(len(lines))) or not bytes_needed <= ranks.keys():
-        raise ValueError(f"{name}: ranks 0 to n - 1 and all bytes, without and with NUL, needed; "
-                         "`python -m data.prepare.vocabulary` makes such a file")
+        raise ValueError(f"{name}: not lines of base64 and rank; {MAKERS}") from None
+    needed = {bytes([byte]) + mark for byte in range(256) for mark in (b"", b"\0")}
+    if sorted(ranks.values()) != list(range(len(lines))) or not needed <= ranks.keys():
+        raise ValueError(f"{name}: needs ranks 0 to n - 1, and all bytes with NUL and without; "
+                         f"{MAKERS}")
     return ranks
 
 
+# What ftfy, as CLIP calls it, does to single characters: it drops these ...
+CONTROLS = (range(9), range(11, 12), range(14, 32), range(127, 128), range(0x206A, 0x2070),
+            range(0xFEFF, 0xFF00), range(0xFFF9, 0xFFFD))
+# ... and takes these apart by NFKC: ligatures, and letters as wide as a Chinese one, or half.
+COMPOSED = (range(0x132, 0x134), range(0x149, 0x14A), range(0x1C4, 0x1CD), range(0x1F1, 0x1F4),
+            range(0xFB00, 0xFB07), range(0x3000, 0x3001), range(0xFF01, 0xFFF0))
+
+
 def repairs():
-    """What ftfy, as CLIP calls it, does to single characters: {code: replacement}."""
-    quotes = dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'")
-    quotes |= dict.fromkeys(range(0x201C, 0x2020), '"')
-    controls = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF,
-                *range(0xFFF9, 0xFFFD)]
-    ligatures = [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4),
-                 *range(0xFB00, 0xFB07)]
-    widths = [0x3000, *range(0xFF01, 0xFFF0)]  # characters as wide as a Chinese one, or half
-    same = {code: unicodedata.normalize("NFKC", chr(code)) for code in ligatures + widths}
-    return quotes | dict.fromkeys(controls) | same
+    """{code: replacement, or None to drop it}, for str.translate."""
+    table = str.maketrans("ʼ‘’‚‛“”„‟", "'''''" + '""""')
+    for codes in CONTROLS:
+        for code in codes:
+            table[code] = None
+    for codes in COMPOSED:
+        for code in codes:
+            table[code] = unicodedata.normalize("NFKC", chr(code))
+    return table
 
 
 REPAIRS = repairs()

@@ -294,7 +294,6 @@ def test_a_picture_too_long_for_any_crop_gives_its_centre(size, box):
 
 PAPER = Augmentation(crop=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8,
                      grey_p=0.2, blur_p=0.5)
-CONTRAST, SATURATION = images.BRIGHTNESS + 1, images.BRIGHTNESS + 2
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +310,7 @@ def test_operations_are_as_frequent_as_stated(drawn):
 
 
 @pytest.mark.parametrize("column, low, high", [
-    (images.BRIGHTNESS, 0.6, 1.4), (CONTRAST, 0.6, 1.4), (SATURATION, 0.6, 1.4),
+    (images.BRIGHTNESS, 0.6, 1.4), (images.CONTRAST, 0.6, 1.4), (images.SATURATION, 0.6, 1.4),
     (images.HUE, -0.1, 0.1), (images.SIGMA, 0.1, 2.0)])
 def test_parameters_are_uniform_in_their_range(drawn, column, low, high):
     values = drawn[:, column]
@@ -333,6 +332,18 @@ def test_changing_one_probability_leaves_the_other_draws():
     plain, flipped = (draw_augmentation(dataclasses.replace(always, flip=p),
                                         np.random.default_rng(3)) for p in (0.0, 1.0))
     assert (plain != flipped).tolist() == [True] + [False] * 10
+
+
+def test_a_seed_always_gives_the_same_draws_and_crops():
+    rng = np.random.default_rng(0)
+    drawn = np.stack([draw_augmentation(PAPER, rng) for _ in range(3)])
+    expected = [[0, 0, 0.131402507, 1, 1, 1, 0, 2, 1, 3, 0],
+                [1, 0, 1.740039945, 0.839769542, 0.938149750, 0.622655749, -0.075143345, 3, 2, 1, 0],
+                [0, 0, 0, 0.911137164, 0.708077192, 1.177190661, 0.00507086469, 0, 1, 2, 3]]
+    assert np.array_equal(drawn, np.array(expected, np.float32))
+    rng = np.random.default_rng(0)
+    boxes = [crop_box(400, 300, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3)]
+    assert boxes == [(24, 12, 384, 296), (71, 0, 384, 244), (170, 77, 317, 259)]
 
 
 # ---------------------------------------------------------------- the device part
@@ -368,8 +379,8 @@ def test_flip_is_horizontal():
 
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.4])
 @pytest.mark.parametrize("column, enhance", [
-    (images.BRIGHTNESS, ImageEnhance.Brightness), (CONTRAST, ImageEnhance.Contrast),
-    (SATURATION, ImageEnhance.Color)])
+    (images.BRIGHTNESS, ImageEnhance.Brightness), (images.CONTRAST, ImageEnhance.Contrast),
+    (images.SATURATION, ImageEnhance.Color)])
 def test_jitter_equals_pillow_within_a_grey_level(column, enhance, factor):
     expected = batch(*(enhance(picture).enhance(factor) for picture in SQUARE)).float()
     off = (augmented(batch(*SQUARE), column, factor) - expected).abs()
@@ -393,33 +404,63 @@ def test_grey_equals_pillow_s():
     assert (made - expected).abs().max() < 0.6  # Pillow rounds
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_a_gaussian_with_reflected_borders(sigma):
-    taps = np.exp(-0.5 * (np.arange(-11, 12) / sigma)**2)
+@pytest.mark.parametrize("side, sigma", [(64, 0.1), (64, 0.7), (64, 2.0), (8, 2.0)])
+def test_blur_is_a_gaussian_with_reflected_borders(side, sigma):
+    picture, reach = scene(side, side), min(11, side - 1)
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma)**2)
     taps /= taps.sum()
-    padded = np.pad(np.array(SQUARE[0], float), ((11, 11), (11, 11), (0, 0)), mode="reflect")
-    down = sum(tap * padded[k:k + 64] for k, tap in enumerate(taps))
-    across = sum(tap * down[:, k:k + 64] for k, tap in enumerate(taps))
-    made = augmented(batch(SQUARE[0]), images.SIGMA, sigma)[0].permute(1, 2, 0)
+    padded = np.pad(np.array(picture, float), ((reach, reach), (reach, reach), (0, 0)), "reflect")
+    down = sum(tap * padded[k:k + side] for k, tap in enumerate(taps))
+    across = sum(tap * down[:, k:k + side] for k, tap in enumerate(taps))
+    made = augmented(batch(picture), images.SIGMA, sigma)[0].permute(1, 2, 0)
     assert np.abs(made.numpy() - across).max() < 1e-2  # float32
+
+
+def test_a_picture_that_is_not_blurred_keeps_its_pixels_exactly():
+    pixels = batch(*SQUARE).float() / 255
+    made = images._blur(pixels, torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(made[::2], pixels[::2]) and not torch.equal(made[1], pixels[1])
+
+
+def grey_of(pixels):
+    return 0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]
+
+
+def hue_by_colorsys(pixels, turns):
+    moved = np.empty_like(pixels)
+    for y, x in np.ndindex(*pixels.shape[1:]):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixels[:, y, x])
+        moved[:, y, x] = colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value)
+    return moved
+
+
+def jitter_by_definition(pixels, factors, order):
+    """torchvision's ColorJitter of one picture (3, S, S) in float64, one operation at a time."""
+    for operation in order:
+        factor = factors[operation]
+        if operation == 0:
+            pixels = factor * pixels
+        elif operation == 1:
+            pixels = factor * pixels + (1 - factor) * grey_of(pixels).mean()
+        elif operation == 2:
+            pixels = factor * pixels + (1 - factor) * grey_of(pixels)
+        else:
+            pixels = hue_by_colorsys(pixels, factor)
+        pixels = pixels.clip(0, 1)
+    return pixels
 
 
 def test_each_sample_has_its_own_order_of_the_four():
     orders = list(itertools.permutations(range(4)))
-    factors = (1.4, 0.6, 1.3, 0.1)
+    factors = np.random.default_rng(0).uniform((0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1), (24, 4))
     draws = neutral(24)
-    draws[:, images.BRIGHTNESS:images.ORDER] = torch.tensor(factors)
+    draws[:, images.BRIGHTNESS:images.ORDER] = torch.from_numpy(factors)
     draws[:, images.ORDER:] = torch.tensor(orders)
-    pictures = batch(SQUARE[0]).expand(24, -1, -1, -1)
+    pictures = batch(*(scene(16, 16, seed) for seed in range(24)))
     made = augment_batch(pictures, draws, PAPER) * STD + MEAN
-    for order, found in zip(orders, made):
-        pixels = pictures[:1].float() / 255
-        for operation in order:  # one at a time through the function itself, held to Pillow above
-            one = neutral(1)
-            one[0, images.BRIGHTNESS + operation] = factors[operation]
-            one[0, images.ORDER:] = torch.tensor([operation, *({0, 1, 2, 3} - {operation})])
-            pixels = images._jitter(pixels, one)
-        torch.testing.assert_close(found, pixels[0], atol=1e-5, rtol=0)
+    for picture, own, order, found in zip(pictures, factors, orders, made):
+        expected = jitter_by_definition(picture.double().numpy() / 255, own, order)
+        assert np.abs(found.numpy() - expected).max() < 1e-5  # float32
 
 
 def test_a_sample_is_augmented_alike_in_any_batch(drawn):

@@ -1,5 +1,6 @@
 """Token ids equal other CLIP tokenizers'; what no other decides is as documented."""
 import base64
+import gzip
 import html
 import json
 import pickle
@@ -140,6 +141,17 @@ def test_cleaning_equals_clips_own(kind):
     assert np.mean(same) >= 0.995
 
 
+def test_single_characters_are_repaired_as_by_ftfy():
+    """But for 27 of the C1 controls, which it takes for Windows' letters, and two rare ligatures."""
+    ftfy = pytest.importorskip("ftfy", reason="pip install ftfy")
+    differ = set()
+    for code in [*range(0xD800), *range(0xE000, 0x10000)]:
+        line = f"a{chr(code)}b"
+        if clean(line).split() != ftfy.fix_text(line).lower().split():
+            differ.add(code)
+    assert {code for code in differ if not 0x80 <= code < 0xA0} == {0x149, 0xFB05}
+
+
 def test_known_ids(clip):
     """As in OpenAI's and open_clip's examples."""
     assert clip.size == 49408
@@ -231,6 +243,17 @@ def test_what_is_no_vocabulary_is_refused_in_one_line(text, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.tiktoken") as error:
         Tokenizer(file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("bpe_simple_vocab_16e6.txt.gz", gzip.compress(b"a b\n" * 99)),
+    ("vocab.json", json.dumps({"!": 0, "a</w>": 1}).encode()), ("empty.tiktoken", b"")],
+    ids=["gzip", "json", "empty"])
+def test_another_form_of_vocabulary_is_named_with_what_makes_ours(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="data.prepare.vocabulary") as error:
+        Tokenizer(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_vocabulary_says_what_to_do():

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import multiprocessing
+import operator
 import os
 import pathlib
 import random
@@ -29,13 +29,14 @@ import textwrap
 import time
 from base64 import b64encode
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from configs import load_config
 from data.log import run_main
-from data.prepare.tars import write_tar
+from data.prepare.tars import in_order, write_tar
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Config:
     held_out: int = 1_000    # pairs of unseen scenes
     triplets: int = 12_000   # three quarters of them get six votes or more
     per_set: int = 600       # images of a benchmark set, rounded to equal classes
-    wrong: float = 0.1       # share of training captions that belong to another scene
+    captions: int = 1        # different captions of each training pair
+    wrong: float = 0.1       # share of training pairs whose captions belong to another scene
     processes: int = 0       # 0: as many as cores
     force: bool = False      # draw again what is there already
     show: str = ""           # draw only a contact sheet, to this file
@@ -55,6 +57,8 @@ class Config:
         for name in ("seed", "pairs", "held_out", "triplets", "per_set", "processes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.captions < 1:
+            raise ValueError(f"captions={self.captions}: must be 1 or more")
         if not 0 <= self.wrong <= 1:
             raise ValueError(f"wrong={self.wrong}: is a share, from 0 to 1")
 
@@ -76,6 +80,7 @@ SIZES = {"small": ("small", "little", "tiny"), "medium": ("medium", "middling"),
          "large": ("large", "big", "huge")}
 TEXTURES = {"plain": ("plain", "solid"), "striped": ("striped", "stripy"),
             "dotted": ("dotted", "spotted"), "chequered": ("chequered", "checkered")}
+KINDS = {"shape": SHAPES, "color": COLORS, "size": SIZES, "texture": TEXTURES}
 TONES = {"light": ("light", "bright"), "middling": (), "dark": ("dark", "dim")}  # of backdrops
 TONE_SHARES = (0.7, 0.15, 0.15)  # paper is light: most objects are darker than what they are on
 RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
@@ -171,7 +176,8 @@ class Scenes:
         return len(self.count)
 
     def __getitem__(self, rows):
-        return Scenes(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        fields = dataclasses.fields(self)
+        return Scenes(**{field.name: getattr(self, field.name)[rows] for field in fields})
 
 
 def draw_scenes(rng, n, many=0.35, **fixed):
@@ -180,19 +186,22 @@ def draw_scenes(rng, n, many=0.35, **fixed):
     fixed: (n,) values for "count", for "tone", and for the first object's "shape", "color", "size",
     "texture" and "place" (index into PLACES; for small objects alone).
     """
-    count = fixed.get("count", 1 + (rng.random(n) < many) * rng.integers(1, 3, n))
-    drawn = {name: rng.integers(0, len(table), (n, 3)) for name, table in
-             (("shape", SHAPES), ("color", COLORS), ("size", SIZES), ("texture", TEXTURES))}
+    count = 1 + (rng.random(n) < many) * rng.integers(1, 3, n)
+    count = fixed.get("count", count)
+    drawn = {name: rng.integers(0, len(table), (n, 3)) for name, table in KINDS.items()}
     drawn["texture"] *= rng.random((n, 3)) < 0.4  # so that 70 % are plain
-    for name in drawn.keys() & fixed.keys():
-        drawn[name][:, 0] = fixed[name]
+    for name in drawn:
+        if name in fixed:
+            drawn[name][:, 0] = fixed[name]
     lab = draw_colors(rng, drawn["color"].ravel()).reshape(n, 3, 3)
     radius = RADII[drawn["size"]] * rng.uniform(0.92, 1.08, (n, 3))
     radius *= np.where(count > 1, CROWDED, 1)[:, None]
     tone, ground = draw_grounds(rng, lab, count, fixed.get("tone"))
-    return Scenes(count, **drawn, lab=lab, radius=radius, angle=rng.uniform(-0.12, 0.12, (n, 3)),
-                  xy=draw_places(rng, count, radius, fixed.get("place")), tone=tone, ground=ground,
-                  sweep=rng.normal(0, 0.4, (n, 2)) * rng.integers(0, 2, (n, 1)))
+    angle = rng.uniform(-0.12, 0.12, (n, 3))
+    xy = draw_places(rng, count, radius, fixed.get("place"))
+    sweep = rng.normal(0, 0.4, (n, 2)) * rng.integers(0, 2, (n, 1))
+    return Scenes(count=count, **drawn, lab=lab, radius=radius, angle=angle, xy=xy, tone=tone,
+                  ground=ground, sweep=sweep)
 
 
 def lab_to_rgb(lab):
@@ -235,8 +244,10 @@ def draw_places(rng, count, radius, place=None):
 def draw_grounds(rng, lab, count, tone=None, tries=12):
     """Tones (n,) and ends (n,2,3) of backdrops: of a few tries the first that has CONTRAST."""
     n = len(lab)
-    tones = (rng.choice(len(TONES), (n, tries), p=TONE_SHARES) if tone is None else
-             np.tile(tone, (tries, 1)).T)
+    if tone is None:
+        tones = rng.choice(len(TONES), (n, tries), p=TONE_SHARES)                       # (n,tries)
+    else:
+        tones = np.repeat(tone[:, None], tries, axis=1)
     tints = draw_colors(rng, len(COLORS) + tones.ravel()).reshape(n, tries, 1, 3)
     apart = np.linalg.norm(tints - lab[:, None], axis=-1)                              # (n,tries,3)
     drawn = np.arange(3) < count[:, None, None]                                         # (n,1,3)
@@ -247,11 +258,16 @@ def draw_grounds(rng, lab, count, tone=None, tries=12):
 
 # --------------------------------------------------------------------------------- pictures
 
-def render(scenes, rng, style="", some=16):
+def render(scenes, rng, style=""):
     """Scenes -> (n,64,64,3) uint8; style: "", "outline", "noise" or "inverted"."""
-    if len(scenes) > some:  # a few at a time stay in the cache: 3 times faster than 1,000 at once
-        return np.concatenate([render(scenes[i:i + some], rng, style)
-                               for i in range(0, len(scenes), some)])
+    images = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
+    for first in range(0, len(scenes), 16):  # so few stay in the cache: 3 times faster than 1,000
+        some = slice(first, first + 16)
+        images[some] = render_some(scenes[some], rng, style)
+    return images
+
+
+def render_some(scenes, rng, style):
     canvas = draw_backdrops(scenes, rng)                                                # (n,3,S,S)
     for slot in range(3):
         rows = np.flatnonzero(scenes.count > slot)
@@ -276,12 +292,15 @@ def draw_backdrops(scenes, rng):
 
 def cover(scenes, slot, style):
     """How much of each pixel the objects in `slot` cover: (n,64,64) float32 in 0..1."""
-    radius, angle, x, y = (array.astype(np.float32)[:, None, None] for array in
-                           (scenes.radius[:, slot], scenes.angle[:, slot], *scenes.xy[:, slot].T))
+    radius = scenes.radius[:, slot, None, None].astype(np.float32)                      # (n,1,1)
+    angle = scenes.angle[:, slot, None, None].astype(np.float32)
+    centre = scenes.xy[:, slot, :, None, None].astype(np.float32)                       # (n,2,1,1)
     pixel = np.arange(SIDE, dtype=np.float32) + 0.5
-    x, y = (pixel - x) / radius, (y - pixel[:, None]) / radius
-    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)  # (n,S,S)
-    distance, hole = np.empty_like(x), np.zeros_like(x)
+    right = (pixel - centre[:, 0]) / radius
+    up = (centre[:, 1] - pixel[:, None]) / radius
+    x = right * np.cos(angle) - up * np.sin(angle)                                      # (n,S,S)
+    y = right * np.sin(angle) + up * np.cos(angle)
+    distance = np.empty_like(x)
     for index, outline in enumerate(OUTLINES.values()):
         own = scenes.shape[:, slot] == index
         distance[own] = outline(x[own], y[own])
@@ -289,6 +308,7 @@ def cover(scenes, slot, style):
     if style == "outline":
         distance = np.abs(distance) - 1.3
     wave = 2 * np.pi / np.maximum(0.5, 6 / radius)  # two periods a radius, each six pixels or more
+    hole = np.zeros_like(x)
     for index, weave in enumerate(WEAVES.values()):
         own = scenes.texture[:, slot] == index
         hole[own] = weave(np.sin(wave[own] * x[own]), np.sin(wave[own] * y[own])).clip(0, 1)
@@ -302,12 +322,16 @@ def name_object(scenes, i, slot, rng):
     """An object in words, said as fully as people do: "small red circle", "striped thing"."""
     said = {"size": rng.random() < 0.2, "texture": rng.random() < 0.2,
             "color": rng.random() < 0.75, "shape": rng.random() < 0.9}
-    said["color"] |= not any(said.values())
+    if not any(said.values()):
+        said["color"] = True
     words = []
-    for name, table in zip(said, (SIZES, TEXTURES, COLORS, SHAPES)):
-        usual, *others = list(table.values())[getattr(scenes, name)[i, slot]]
-        words += [rng.choice((usual, usual, *others))] if said[name] else []
-    return " ".join(words if said["shape"] else [*words, rng.choice(THINGS)])
+    for name in said:
+        if said[name]:
+            synonyms = list(KINDS[name].values())[getattr(scenes, name)[i, slot]]
+            words.append(rng.choice(synonyms[:1] + synonyms))  # the usual one twice as often
+    if not said["shape"]:
+        words.append(rng.choice(THINGS))
+    return " ".join(words)
 
 
 def with_article(noun):
@@ -357,14 +381,19 @@ def describe(scenes, i, rng):
 
 def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
     """For each scene a list of different captions; a share `wrong` of the lists is another's."""
-    n, words, texts = len(scenes), random.Random(int(rng.integers(2 ** 62))), []
+    n = len(scenes)
+    words = random.Random(int(rng.integers(2 ** 62)))
+    texts = []
     for i, many in enumerate(rng.integers(fewest, most + 1, n)):
-        found = {}  # a dict, as it keeps the order
+        found = []
         while len(found) < many:
-            found[describe(scenes, i, words)] = True
-        texts.append(list(found))
+            text = describe(scenes, i, words)
+            if text not in found:
+                found.append(text)
+        texts.append(found)
     other = (np.arange(n) + rng.integers(1, max(n, 2), n)) % n  # anyone but oneself
-    return [texts[j] for j in np.where(rng.random(n) < wrong, other, np.arange(n))]
+    source = np.where(rng.random(n) < wrong, other, np.arange(n))
+    return [texts[j] for j in source]
 
 
 # --------------------------------------------------------------------------------- observers
@@ -372,7 +401,8 @@ def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
 # shape counts as much as colour. Nobody minds the backdrop, and all three images of a triplet have
 # another: raw pixels give nothing away.
 
-FACTORS = ("color", "shape", "size", "place", "texture")
+FACTORS = {"color": ("color", "lab"), "shape": ("shape",), "size": ("size", "radius"),
+           "place": ("xy",), "texture": ("texture",)}  # and the fields of Scenes that make them
 UNITS = np.array([70.0, 0.48, 0.234, 0.129, 0.477])  # CIELAB, 1 - overlap, log ratio, sides, 0 or 1
 WEIGHTS = np.array([1.0, 1.0, 0.4, 0.4, 0.3])     # of the average observer
 PANEL, ASKED = 40, 10  # observers there are, and those asked about a triplet: ten, as for NIGHTS
@@ -381,8 +411,10 @@ PANEL, ASKED = 40, 10  # observers there are, and those asked about a triplet: t
 def shape_differences():
     """(12,12): 1 - intersection over union of two shapes laid on each other."""
     line = np.linspace(-1, 1, 128)
-    masks = np.stack([OUTLINES[name](*np.meshgrid(line, line)).ravel() < 0 for name in SHAPES])
-    both, area = masks.astype(int) @ masks.T, masks.sum(1)
+    x, y = np.meshgrid(line, line)
+    masks = np.stack([OUTLINES[name](x, y).ravel() < 0 for name in SHAPES])            # (12,16384)
+    both = masks.astype(int) @ masks.T
+    area = masks.sum(1)
     return 1 - both / (area + area[:, None] - both)
 
 
@@ -391,18 +423,19 @@ SHAPE_DIFFERENCES = shape_differences()
 
 def differences(a, b):
     """Single-object scenes a, b -> (n,5): their differences in FACTORS, in UNITS."""
-    a, b = ([getattr(scenes, name)[:, 0] for name in ("lab", "shape", "radius", "xy", "texture")]
-            for scenes in (a, b))
-    return np.stack([np.linalg.norm(a[0] - b[0], axis=-1), SHAPE_DIFFERENCES[a[1], b[1]],
-                     np.abs(np.log(a[2] / b[2])), np.linalg.norm(a[3] - b[3], axis=-1) / SIDE,
-                     a[4] != b[4]], -1) / UNITS
+    color = np.linalg.norm(a.lab[:, 0] - b.lab[:, 0], axis=-1)
+    shape = SHAPE_DIFFERENCES[a.shape[:, 0], b.shape[:, 0]]
+    size = np.abs(np.log(a.radius[:, 0] / b.radius[:, 0]))
+    place = np.linalg.norm(a.xy[:, 0] - b.xy[:, 0], axis=-1) / SIDE
+    texture = a.texture[:, 0] != b.texture[:, 0]
+    return np.stack([color, shape, size, place, texture], -1) / UNITS
 
 
 def vary(rng, ref, changed):
     """Scenes that differ from `ref` in the FACTORS `changed` (n,5) bool, and in their backdrops."""
     new = draw_scenes(rng, len(ref), many=0)
-    for kept, fields in zip(~changed.T, (("color", "lab"), ("shape",), ("size", "radius"), ("xy",),
-                                         ("texture",))):
+    for column, fields in enumerate(FACTORS.values()):
+        kept = ~changed[:, column]
         for name in fields:
             getattr(new, name)[kept] = getattr(ref, name)[kept]
     edge = new.radius[..., None] + 1
@@ -426,12 +459,15 @@ def judge(rng, panel, ref, left, right):
 
 def draw_triplets(seed, block, n):
     """Block `block` of the triplets: Scenes ref, left, right; right is nearer (n,); votes (n,)."""
-    rng, panel_rng = generator(seed, "nights", block), generator(seed, "panel", 0)
+    rng = generator(seed, "nights", block)
+    panel_rng = generator(seed, "panel", 0)
     panel = WEIGHTS * np.exp(panel_rng.normal(0, 0.3, (PANEL, len(FACTORS))))
     ref = draw_scenes(rng, n, many=0)
     chance = rng.random((n, len(FACTORS)))  # of ten changes 3 are left's, 3 right's, 1 both's
-    left, right = vary(rng, ref, chance < 0.4), vary(rng, ref, (chance > 0.3) & (chance < 0.7))
-    return ref, left, right, *judge(rng, panel, ref, left, right)
+    left = vary(rng, ref, chance < 0.4)
+    right = vary(rng, ref, (chance > 0.3) & (chance < 0.7))
+    right_nearer, votes = judge(rng, panel, ref, left, right)
+    return ref, left, right, right_nearer, votes
 
 
 # --------------------------------------------------------------------------------- benchmarks
@@ -472,7 +508,8 @@ def draw_set(name, rng, n):
         return render(scenes, rng), caption(scenes, rng, 5, 5)
     _, classes, _, fixed, style = CLASSIFICATION[name]
     labels = rng.permutation(np.arange(n) % len(classes))
-    return render(draw_scenes(rng, n, many=0, **fixed(labels)), rng, style), labels.tolist()
+    scenes = draw_scenes(rng, n, many=0, **fixed(labels))
+    return render(scenes, rng, style), labels.tolist()
 
 
 # --------------------------------------------------------------------------------- files
@@ -492,83 +529,94 @@ def write_pairs(folder, config, block, n):
     """One shard: pairs with one caption, perhaps wrong, or, held out, with several right ones."""
     rng = generator(config.seed, folder.name, block)
     scenes = draw_scenes(rng, n)
-    held_out = folder.name == "held_out"
-    texts = caption(scenes, rng, most=5) if held_out else caption(scenes, rng, wrong=config.wrong)
-    write_tar(folder / f"{block:05}.tar", [
-        (f"{block:05}{i:04}{end}", data) for i, image in enumerate(render(scenes, rng))
-        for end, data in ((".jpg", jpeg(image)), (".txt", "\n".join(texts[i]).encode()))])
+    if folder.name == "held_out":
+        texts = caption(scenes, rng, most=5)
+    else:
+        texts = caption(scenes, rng, config.captions, config.captions, config.wrong)
+    members = []
+    for i, image in enumerate(render(scenes, rng)):
+        members.append((f"{block:05}{i:04}.jpg", jpeg(image)))
+        members.append((f"{block:05}{i:04}.txt", "\n".join(texts[i]).encode()))
+    write_tar(folder / f"{block:05}.tar", members)
 
 
 def write_triplets(folder, config, block, n):
     """The images of a block of triplets; returns its rows of data.csv."""
-    *sides, right_nearer, votes = draw_triplets(config.seed, block, n)
-    rng, rows = generator(config.seed, "images", block), []
+    ref, left, right, right_nearer, votes = draw_triplets(config.seed, block, n)
+    rng = generator(config.seed, "images", block)
     ends = np.where(rng.random((n, 1)) < 0.5, [0, 1], [1, 0])  # as published: left is not always _0
+    images = [render(scenes, rng) for scenes in (ref, left, right)]
     for part in ("ref", "distort"):
         (folder / part / f"{block:03}").mkdir(parents=True)
-    for i, images in enumerate(zip(*(render(scenes, rng) for scenes in sides))):
+    rows = []
+    for i in range(n):
         stem, number = f"{block:03}/{i:03}", 1000 * block + i
-        paths = (f"ref/{stem}.jpg", *(f"distort/{stem}_{end}.jpg" for end in ends[i]))
-        for path, image in zip(paths, images):
-            (folder / path).write_bytes(jpeg(image))
-        color, shape = sides[0].color[i, 0], sides[0].shape[i, 0]
+        paths = [f"ref/{stem}.jpg"] + [f"distort/{stem}_{end}.jpg" for end in ends[i]]
+        for path, side in zip(paths, images):
+            (folder / path).write_bytes(jpeg(side[i]))
+        color, shape = ref.color[i, 0], ref.shape[i, 0]
         prompt = with_article(f"{list(COLORS)[color]} {list(SHAPES)[shape]}")
         split = {8: "val", 9: "test"}.get(number % 10, "train")
         # is_imagenet says whether NIGHTS' noun is one of ImageNet's; here, of the first six shapes
-        rows.append((number, int(not right_nearer[i]), int(right_nearer[i]), votes[i], *paths,
-                     split, shape < 6, prompt))
+        nearer = int(right_nearer[i])
+        rows.append([number, 1 - nearer, nearer, votes[i]] + paths + [split, shape < 6, prompt])
     return rows
 
 
 def write_set(folder, config, name):
     """One benchmark set in tars of 50 samples."""
-    target, family, end = folder / f"wds_{name}_test", "retrieval", ".txt"
+    target = folder / f"wds_{name}_test"
     target.mkdir(parents=True)
-    n = config.per_set
     if name in RETRIEVAL:
-        (target / "dataset_type.txt").write_text("retrieval\n")
+        n, end = config.per_set, ".txt"
+        texts = {"dataset_type": ["retrieval"], "family": ["retrieval"]}
     else:
         family, classes, prompts, _, _ = CLASSIFICATION[name]
-        n, end = len(classes) * max(round(n / len(classes)), 1), ".cls"
-        (target / "classnames.txt").write_text("\n".join(classes) + "\n")
-        (target / "zeroshot_classification_templates.txt").write_text("\n".join(prompts) + "\n")
-    (target / "family.txt").write_text(family + "\n")
+        n, end = len(classes) * max(round(config.per_set / len(classes)), 1), ".cls"
+        texts = {"family": [family], "classnames": classes,
+                 "zeroshot_classification_templates": prompts}
+    for title, lines in texts.items():
+        (target / f"{title}.txt").write_text("\n".join(lines) + "\n")
     images, answers = draw_set(name, generator(config.seed, name, 0), n)
-    texts = [str(answer) if end == ".cls" else "\n".join(answer) for answer in answers]
-    members = [[(f"s{i:07}.jpg", jpeg(images[i])), (f"s{i:07}{end}", texts[i].encode())]
-               for i in range(n)]
+    members = []
+    for i, answer in enumerate(answers):
+        text = "\n".join(answer) if name in RETRIEVAL else str(answer)
+        members.append((f"s{i:07}.jpg", jpeg(images[i])))
+        members.append((f"s{i:07}{end}", text.encode()))
     for first in range(0, n, 50):
-        write_tar(target / "test" / f"{first // 50}.tar", sum(members[first:first + 50], []))
+        write_tar(target / "test" / f"{first // 50}.tar", members[2 * first:2 * first + 100])
     (target / "test" / "nshards.txt").write_text(f"{-(-n // 50)}\n")
 
 
 def write_vocabulary(path):
     """A .tiktoken file: 256 bytes, 256 bytes that end a word (NUL marks the end), whole words."""
-    tables = (COLORS, SHAPES, SIZES, TEXTURES, TONES, RELATIONS)
-    said = [word for table in tables for words in table.values() for word in words]
-    said += [*PLACES, *COUNTS, *THINGS, *(f"{thing}s" for thing in THINGS), *FRAMES]
+    said = [*PLACES, *COUNTS, *THINGS, *FRAMES, "shapes objects things"]
     said += ["in the middle at and on a background"]  # what describe() puts between
+    for table in (COLORS, SHAPES, SIZES, TEXTURES, TONES, RELATIONS):
+        for words in table.values():
+            said += words
     words = {word for word in re.findall("[a-z]+", " ".join(said)) if len(word) > 1}
-    tokens = [bytes([byte]) + end for end in (b"", b"\0") for byte in range(256)]
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [byte + b"\0" for byte in tokens]
     tokens += [word.encode() + b"\0" for word in sorted(words)]
+    lines = [f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     path.parent.mkdir(parents=True)
-    path.write_text("".join(f"{b64encode(token).decode()} {rank}\n"
-                            for rank, token in enumerate(tokens)))
+    path.write_text("".join(lines))
 
 
 def draw_world(config, folder):
     """Write everything into `folder`, in blocks of 1,000 on all cores."""
-    jobs = [(write_set, folder / "benchmarks", config, name) for name in SETS]
+    write_vocabulary(folder / "vocabulary" / "toy.tiktoken")
+    jobs = [partial(write_set, folder / "benchmarks", config, name) for name in SETS]
     for write, part, total in ((write_triplets, "nights", config.triplets),
                                (write_pairs, "pairs", config.pairs),
                                (write_pairs, "pairs/held_out", config.held_out)):
-        jobs += [(write, folder / part, config, first // 1000, min(1000, total - first))
-                 for first in range(0, total, 1000)]
-    write_vocabulary(folder / "vocabulary" / "toy.tiktoken")
-    spawn = multiprocessing.get_context("spawn")  # a fork could inherit a lock of torch's threads
-    with spawn.Pool(config.processes or os.cpu_count()) as pool:
-        waiting = [pool.apply_async(write, arguments) for write, *arguments in jobs]
-        rows = [row for block in waiting for row in block.get() or ()]
+        for first in range(0, total, 1000):
+            n = min(1000, total - first)
+            jobs.append(partial(write, folder / part, config, first // 1000, n))
+    rows = []
+    for found in in_order(operator.call, jobs, config.processes or os.cpu_count()):
+        rows += found or []  # only triplets have rows
     with open(folder / "nights" / "data.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("id", "left_vote", "right_vote", "votes", "ref_path", "left_path",
@@ -577,28 +625,26 @@ def draw_world(config, folder):
 
 
 def draw_sheet(seed, path):
-    """A picture to look at: scenes with captions, triplets with votes, a row of each benchmark."""
-    rng, font = generator(seed, "sheet", 0), ImageFont.load_default(13)
-    sheet = Image.new("RGB", (1220, 990 + 84 * len(CLASSIFICATION)), "white")
+    """A picture to look at: a row of scenes, rows of triplets, and a row of each benchmark."""
+    rng = generator(seed, "sheet", 0)
+    scenes = draw_scenes(rng, 12)
+    rows = [("scenes", scenes, [texts[0] for texts in caption(scenes, rng)], "")]
+    ref, left, right, right_nearer, votes = draw_triplets(seed, 0, 12)
+    answers = [f"{votes[i]} say {'right' if right_nearer[i] else 'left'}" for i in range(12)]
+    rows += [("left", left, [""] * 12, ""), ("reference", ref, answers, ""),
+             ("right", right, [""] * 12, "")]
+    for name, (_, classes, _, fixed, style) in CLASSIFICATION.items():
+        labels = rng.integers(0, len(classes), 12)
+        scenes = draw_scenes(rng, 12, many=0, **fixed(labels))
+        rows.append((name, scenes, [classes[label] for label in labels], style))
+    sheet = Image.new("RGB", (1220, 140 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-
-    def put(image, x, y, side, text):
-        sheet.paste(Image.fromarray(image).resize((side, side)), (x, y))
-        pen.text((x, y + side + 2), textwrap.fill(text, side // 6), "black", font, spacing=1)
-    scenes = draw_scenes(rng, 24)
-    for i, (image, text) in enumerate(zip(render(scenes, rng), caption(scenes, rng))):
-        put(image, 10 + 152 * (i % 8), 10 + 195 * (i // 8), 128, text[0])
-    *sides, right_nearer, votes = draw_triplets(seed, 0, 12)
-    for i, images in enumerate(zip(*(render(scenes, rng) for scenes in sides))):
-        texts = ["reference", "", ""]
-        texts[1 + right_nearer[i]] = f"nearer: {votes[i]}"
-        for j in range(3):
-            put(images[j], 10 + 304 * (i % 4) + 95 * j, 600 + 122 * (i // 4), 90, texts[j])
-    for row, (name, (family, classes, *_)) in enumerate(CLASSIFICATION.items()):
-        pen.text((10, 1000 + 84 * row), f"{name}\n{family}", "black", font)
-        images, labels = draw_set(name, rng, 132)
-        for i in range(12):
-            put(images[i], 175 + 87 * i, 980 + 84 * row, 64, classes[labels[i]] or "(empty)")
+    for row, (title, scenes, texts, style) in enumerate(rows):
+        pen.text((10, 140 * row + 30), title, "black")
+        for i, image in enumerate(render(scenes, rng, style)):
+            left, top = 175 + 87 * i, 140 * row
+            sheet.paste(Image.fromarray(image), (left, top))
+            pen.text((left, top + SIDE + 2), textwrap.fill(texts[i], 13), "black")
     sheet.save(path)
 
 
@@ -612,7 +658,7 @@ def main(argv=None):
         return
     out, start = pathlib.Path(config.out), time.time()
     world = {name: getattr(config, name) for name in
-             ("seed", "pairs", "held_out", "triplets", "per_set", "wrong")}
+             ("seed", "pairs", "held_out", "triplets", "per_set", "captions", "wrong")}
     # other code draws another world: a changed toy.py is noticed, and so is another seed or size
     world["code"] = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
     if out.exists() and not (out / "world.json").exists():
