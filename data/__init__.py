@@ -1,6 +1,6 @@
 """Everything about data: how it lies on disk, how it is read, and where it comes from.
 
-    shards.py      pairs on disk: tar shards, their index, random access
+    shards.py      pairs on disk: tar shards through an index, random access
     images.py      bytes -> pixels on the host; augmentation and normalisation on the device
     text.py        captions -> token ids
     order.py       which sample comes when, and the generator of its draws
@@ -14,7 +14,8 @@
     weights.py     CLIP weights in the files of OpenAI, open_clip and Hugging Face
     prepare/       commands that make, fetch or convert data, `python -m data.prepare.NAME`:
                    toy (a small world in all of these formats), own (your images and captions),
-                   yfcc15m, nights, triplets, benchmarks, vocabulary (the published sets), check
+                   yfcc15m, nights, triplets, benchmarks, vocabulary (the published sets), check;
+                   and what they share: tars.py writes shards, index.py reads and indexes them
 
 Commands write shards, `shards` indexes them once, `pairs` makes batches of them with `images` and
 `text`. Nothing here imports the model.
