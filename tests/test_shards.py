@@ -12,11 +12,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from data.prepare import check, index
-from data.prepare.tars import write_shards, write_tar
+from data.prepare.tars import write_set, write_shards, write_tar
 from data.shards import Shards, caption_lines, find_index, index_shards
 from data.text import Tokenizer
 
@@ -102,6 +103,25 @@ def test_captions_are_written_one_a_line(tmp_path):
     write_shards(tmp_path, [("k", "png", picture(), captions)])
     index_shards(tmp_path)
     assert Shards(tmp_path).captions(0) == ["two lines and more", "? alone", "plain"]
+
+
+@pytest.mark.parametrize("kind, label, content", [
+    ("classification", 2, b"2"), ("retrieval", ["one", "zwei ü"], "one\nzwei ü".encode()),
+    ("multilabel", [0, 1, 1], None)])
+def test_a_set_is_written_with_its_labels_in_shards_that_are_counted(
+        tmp_path, kind, label, content):
+    images = [(f"s{i}", "png", picture(i), label) for i in range(3)]
+    folder = Path(write_set(tmp_path, "own", ["x", "y", "z"], ["a {c}"], images,
+                            dataset_type=kind, per_shard=2))
+    assert folder == tmp_path / "wds_own_test"
+    assert (folder / "test" / "nshards.txt").read_text() == "2\n"
+    with tarfile.open(folder / "test" / "1.tar") as tar:
+        image, text = [tar.extractfile(member).read() for member in tar]
+    assert image == picture(2)
+    if kind == "multilabel":
+        assert np.load(io.BytesIO(text)).tolist() == label
+    else:
+        assert text == content
 
 
 # ---------------------------------------------------------------- reading tars
