@@ -7,9 +7,9 @@
 
 Where FOLDER itself has no shards, those of its subfolders are taken, but for SET_ASIDE.
 
-An index is memory-mapped and takes about 110 bytes a pair. data/prepare/index.py builds it. It is
-stale when a shard's name, size, or first or last 64 kB change; times do not count. If FOLDER cannot
-be written, the index goes to $XDG_CACHE_HOME, else ~/.cache.
+An index is memory-mapped and takes about 110 bytes a pair. data/prepare/index.py builds it.
+It is stale when a shard's name, size, or first or last 64 kB change; times do not count. If
+FOLDER cannot be written, the index goes to $XDG_CACHE_HOME, else ~/.cache.
 """
 import glob
 import hashlib
@@ -27,16 +27,18 @@ FORMAT = "perceptual-clip index 2"
 # One row a pair. Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
 # json is 1 if the caption is in a .json. It was the upper half of key_size in index 1: with 0 a
 # row has the same bytes as then, and so fingerprints have not changed.
-SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"), ("image_at", "u8"), ("image_size", "u8"),
-                   ("text_at", "u8"), ("text_size", "u8"), ("first_caption", "u8"),
-                   ("key_at", "u8"), ("key_size", "u2"), ("json", "u2")])
+SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"),
+                   ("image_at", "u8"), ("image_size", "u8"),
+                   ("text_at", "u8"), ("text_size", "u8"),
+                   ("first_caption", "u8"), ("key_at", "u8"), ("key_size", "u2"),
+                   ("json", "u2")])
 
 
 def caption_lines(raw, is_json=False):
     """Bytes of a .txt member -> its captions: UTF-8 lines, stripped, without the blank ones.
 
-    Of a .json member, the one under "caption" or "text". Bytes that are not UTF-8 become U+FFFD;
-    NUL, which marks the ends of words for the tokenizer (data/text.py), becomes a space.
+    Of a .json member, the one under "caption" or "text". Bytes that are not UTF-8 become
+    U+FFFD; NUL, which marks the ends of words for data/text.py, becomes a space.
     """
     if is_json:
         raw = _json_caption(raw)
@@ -65,8 +67,8 @@ def where(shard, key):
 def index_shards(folder, tokenizer=None):
     """Build FOLDER's index unless a fitting one is there; return the number of pairs.
 
-    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index. Its
-    fingerprint, which checkpoints remember, covers names, sizes, keys and captions. Several
+    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index.
+    Its fingerprint, which checkpoints remember, covers names, sizes, keys and captions. Several
     processes may call at once: one builds, the others wait. Raises FileNotFoundError without
     shards, ValueError without a usable pair.
     """
@@ -124,8 +126,8 @@ def find_index(folder, name="*"):
 class Shards:
     """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
 
-    With a tokenizer, `ids` gives stored token ids; without, any vocabulary's index will do. Cheap
-    to send to a worker process: arrays are mapped again there, shards opened when first read.
+    With a tokenizer, `ids` gives stored token ids; without, any vocabulary's index will do.
+    Cheap to send to a worker process: it maps arrays again and opens shards when it reads them.
     Raises FileNotFoundError without an index of the shards as they are.
     """
 

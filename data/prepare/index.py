@@ -1,9 +1,9 @@
-"""Builds the index of a folder of shards (data/shards.py): what its tars hold, and their faults.
+"""Builds the index of a folder of shards (data/shards.py): what tars hold, and their faults.
 
-A key is a member's path up to the first dot of its last part, as webdataset has it. The parts of
-a sample need not be neighbours. What is left out, or odd but kept, is counted and named.
+A key is a member's path up to the first dot of its last part, as webdataset has it. The parts
+of a sample need not be neighbours. What is left out, or odd but kept, is counted and named.
 
-A million pairs take one or two core-minutes. A process holds one shard's worth; an interrupted
+A million pairs take one to two core-minutes. A process holds one shard's worth; an interrupted
 build goes on after the shards that it has finished.
 """
 import fcntl
@@ -72,7 +72,7 @@ def read_shard(folder, shard):
     """The samples of FOLDER/SHARD, and what is wrong with it.
 
     Returns [(key, image offset, size, text offset, size, is text .json, captions), ...] in the
-    tar's order of images, and [(reason, name), ...]; of KEPT, these name samples that were kept.
+    tar's order of images, and [(reason, name), ...]; those of KEPT were kept.
     """
     path, samples = Path(folder, shard), []
     images, texts, problems = _find_parts(path)

@@ -37,10 +37,10 @@ def write_tar(path, members):
 def write_shards(folder, samples, per_shard=10_000):
     """Write samples (key, kind, image bytes, captions) to 00000.tar, ...; return how many.
 
-    kind: one of IMAGE_KINDS. captions: str or None; white space becomes single spaces (a line is
-    a caption), lone surrogates become "?", None and blank ones are left out. A sample left
-    without a caption is written all the same: indexing counts and names it. Raises ValueError for
-    a key or kind that would not be found again, and for a folder that has shards.
+    kind: one of IMAGE_KINDS. captions: str or None; white space becomes single spaces (a line
+    is a caption), lone surrogates become "?", None and blank ones are left out. A sample left
+    without a caption is written all the same: indexing counts and names it. Raises ValueError
+    for a key or kind that would not be found again, and for a folder that has shards.
     """
     folder = Path(folder)
     if any(folder.glob("*.tar")):
@@ -117,8 +117,8 @@ def in_order(function, inputs, workers):
     if workers <= 1:
         yield from map(function, inputs)
         return
-    # "spawn", although a process may import torch anew (2 s): a forked copy of a process that has
-    # used threads can hang
+    # "spawn", although a process may import torch anew (2 s): a forked copy of a process with
+    # threads can hang
     context, inputs = multiprocessing.get_context("spawn"), iter(inputs)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         running = deque(pool.submit(function, item) for item in islice(inputs, 8 * workers))
