@@ -291,8 +291,7 @@ def compare_mean(names, metric, arms, base):
 
     The delta has an interval over samples and one over seeds.
     """
-    means = {}
-    base_scores = base_seeds = None
+    means, base_scores, base_seeds = {}, None, None
     for arm in arms:
         seeds = [result["seed"] for result, _ in arm["runs"]]
         scores, drawn = [], []
@@ -435,7 +434,7 @@ def set_table(comparison, rows):
              "mean_recall@1": "R@1"}
     row_of = {row.sets[0]: row for row in rows}
     lines = []
-    for name in {**row_of, **sets}:
+    for name in row_of | sets:
         row, record, pair = row_of.get(name), sets.get(name), []
         title = row.title if row else name
         if record:

@@ -287,7 +287,8 @@ def test_a_family_mean_is_over_k_of_k_sets_of_the_list():
     family = found["families"]["imagenet-ood"]
     assert (family["k"], family["K"]) == (2, 6)
     assert family["arms"]["base"]["mean"] == pytest.approx(0.3)
-    assert found["families"]["all classification"]["K"] == 29
+    every = found["families"]["all classification"]
+    assert every["K"] == 29 and every["sets"] == ["imagenetv2", "imagenet-a"]  # not "own"
     assert found["families"]["vtab"] == {"k": 0, "K": 12, "sets": [], "arms": {}}
 
 
@@ -341,7 +342,7 @@ def test_other_seeds_are_not_taken_for_pairs():
     arms = [arm("base", {"x": 0.2}, {"x": 0.3}), arm("pi", {"x": 0.3}, {"x": 0.4})]
     arms[1]["runs"][0][0]["seed"] = 7
     low, high = results.compare(arms)["sets"]["x"]["arms"]["pi"]["acc1"]["delta_seed_interval"]
-    assert low < 0.1 < high
+    assert low < 0 and high > 0.2  # Welch: far wider than [0.1, 0.1] of pairs
 
 
 def test_the_markdown_is_a_table_with_as_many_cells_in_every_line():
