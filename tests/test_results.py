@@ -416,6 +416,8 @@ def test_a_set_within_two_standard_errors_of_chance_is_left_out():
     # chance 0.1 of 100 samples: standard error 0.03
     assert results.scaling([milestones("base", [0.1, 0.15])])["near_chance"] == ["x"]
     assert results.scaling([milestones("base", [0.1, 0.17])])["near_chance"] == []
+    good, bad = milestones("base", [0.3, 0.4]), milestones("pi", [0.3, 0.1])
+    assert results.scaling([good, bad])["near_chance"] == ["x"]  # at the end of any arm
 
 
 def test_the_caveat_is_with_the_curves():
