@@ -36,8 +36,8 @@ SAMPLES_CAVEAT = (
     "images with all their captions for retrieval). The variance between training seeds is not "
     "in them.")
 SEEDS_CAVEAT = (
-    "± is the standard deviation over seeds; a second interval, after \"seeds\", is Student's t "
-    "over seeds (paired where both arms have the same seeds).")
+    "± is the standard deviation over seeds; a second interval, after \"seeds\", is Student's "
+    "t over seeds (paired where both arms have the same seeds).")
 SIGN_CAVEAT = (
     "The sign test counts sets as independent and equal; sets that share images or labels (the "
     "ImageNet ones) are not, so its p is too small.")
@@ -282,12 +282,12 @@ def check_same_test(name, first, second):
     for key, what in (("classnames_sha256", "class names"), ("templates_sha256", "templates"),
                       ("samples_sha256", "samples")):
         if first["tasks"][name].get(key) != second["tasks"][name].get(key):
-            raise ValueError(f"{name}: {first['run']} and {second['run']} had different {what}, "
-                             "so they cannot be compared; evaluate both on one folder")
+            raise ValueError(f"{name}: {first['run']} and {second['run']} had different "
+                             f"{what}, so they cannot be compared; evaluate both on one folder")
 
 
 def compare_mean(names, metric, arms, base):
-    """Mean over sets of a metric (None: of each set's main one) for each arm, and delta to base.
+    """Mean over sets of a metric (None: of each one's main) for each arm, and delta to base.
 
     The delta has an interval over samples and one over seeds.
     """
@@ -529,7 +529,7 @@ def near_chance(task):
 
 
 def scaling(arms):
-    """Metric against samples seen, for each family and set: curve, fit, samples to the baseline.
+    """Metric against samples, for each family and set: curve, fit, samples to the baseline.
 
     A point is the mean over seeds that all have it.  Sets that a result lacks have no curve.
     Left out of everything: sets within two standard errors of chance at the end of any run.

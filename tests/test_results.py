@@ -404,6 +404,17 @@ def test_scaling_tells_when_the_baselines_final_score_is_reached():
     assert curves["pi"]["fit"]["points"] == 3
 
 
+def test_the_halves_of_nights_have_curves_but_no_part_in_its_mean():
+    base = milestones("base", [0.3, 0.4])
+    for run in base["seeds"][0]:
+        for name, value, part_of in (("nights", 0.7, None), ("nights-imagenet", 0.9, "nights")):
+            add(run, name, {**task(), "metrics": {"2afc": value}, "main": "2afc",
+                            "family": "nights", "type": "2afc", "part_of": part_of})
+    curves = results.scaling([base])["curves"]
+    assert curves["nights-imagenet"]["base"]["points"][0]["mean"] == 0.9
+    assert curves["mean of nights"]["base"]["points"][0]["mean"] == 0.7
+
+
 def test_points_of_the_warm_up_are_shown_but_not_fitted():
     base = milestones("base", [0.3, 0.4, 0.5])
     for result, _ in base["seeds"][0]:
