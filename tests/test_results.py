@@ -572,3 +572,9 @@ def test_the_picture_is_drawn(tmp_path):
     curves = results.scaling([milestones("base", [0.3, 0.4, 0.5]), milestones("pi", [0.4])])
     results.draw_scaling(curves, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_set_that_an_early_milestone_lacks_has_no_curve():
+    base = milestones("base", [0.3, 0.4])
+    add(base["seeds"][0][1], "late", task(0.5))
+    assert "late" not in results.scaling([base])["curves"]
