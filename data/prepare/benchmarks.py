@@ -1,29 +1,39 @@
-"""Fetches the evaluation sets of data/benchmarks.py's table and checks each against its row.
+"""Evaluation sets: fetches those of data/benchmarks.py's table, and makes sets of your own pictures.
 
     python -m data.prepare.benchmarks --list                          # the rows, and what is here
     python -m data.prepare.benchmarks --only=cifar10,vtab-dtd         # into data/benchmarks
     python -m data.prepare.benchmarks /big/disk --home=clip-benchmark # all rows, the other home
+    python -m data.prepare.benchmarks folders FOLDER TARGET           # FOLDER/cat/1.jpg is a cat
+    python -m data.prepare.benchmarks folders FOLDER TARGET --labels=labels.csv   # file,label
     python -m data.prepare.benchmarks fashion-mnist FOLDER TARGET     # a set from files at hand
 
-Both homes are on the Hugging Face hub and hold the layout that evaluate.py reads, so a set is a
-copy of its files; the same command goes on where it was stopped. FOLDER of the last form holds the
-idx-gz files of Fashion-MNIST, as Debian's package dataset-fashion-mnist installs them in
+Both homes are on the Hugging Face hub (pip install huggingface_hub) and hold the layout that
+evaluate.py reads, so a set is a copy of its files; the same command goes on where it was stopped.
+
+"folders" writes TARGET/wds_NAME_test. A class is called as its folder, or as the label in the
+table, with "_" as a space; templates are one a line, with {c} for the name. A picture that cannot
+be read or has no label is an error: a set is never quietly smaller.
+
+"fashion-mnist" reads the idx-gz files that Debian's package dataset-fashion-mnist installs in
 /usr/share/datasets/fashion-mnist: not a row of the paper, but a real set without any account.
 """
-import argparse
 import difflib
 import gzip
 import io
 import re
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from configs import load_config
 from data.benchmarks import ROWS, BenchmarkSet, find_sets, unlike_row
+from data.images import BadImage
 from data.log import run_main
-from data.prepare.download import download, hub_files
+from data.prepare.captions import match_names, read_labels
+from data.prepare.hub import fetch_file, list_files
+from data.prepare.own import find_pictures, shrink
 from data.prepare.tars import write_set
 
 HOMES = {"djghosh": "wds_{}_test", "clip-benchmark": "wds_{}"}  # owner: form of a set's name
@@ -36,21 +46,42 @@ FASHION_PROMPTS = ("a photo of a {c}.", "a black and white photo of a {c}.", "a 
                    "a small picture of a {c} on a black background.")
 
 
+@dataclass
+class Config:
+    only: str = ""         # set names, comma-separated; default: all 32 rows
+    home: str = "djghosh"  # or clip-benchmark
+    list: bool = False     # show the rows and what is here
+    # of "folders":
+    name: str = ""         # of the set; default: FOLDER's own
+    labels: str = ""       # a table of file and label; default: the folders are the labels
+    classnames: str = ""   # a file that names numbered labels: its first line is label 0
+    templates: str = ""    # a file of prompts; default: "a photo of a {c}."
+
+    def check(self):
+        if self.home not in HOMES:
+            raise ValueError(f"home={self.home}: must be one of {', '.join(HOMES)}")
+
+
+# ---------------------------------------------------------------------------- published sets
+
 def choose_rows(only):
-    """Rows named by `only`: comma-separated set names of either home; None: all of the table."""
-    by_name = {name: row for row in ROWS for name in row.sets}
-    if only is None:
+    """Rows named by `only`: comma-separated set names of either home; "": all of the table."""
+    if not only:
         return list(ROWS)
+    by_name = {name: row for row in ROWS for name in row.sets}
+    chosen = []
     for name in only.split(","):
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, 1)
-            raise ValueError(f"--only={name}: no such set; "
-                             + (f"did you mean {near[0]}?" if near else "--list shows the names"))
-    return list(dict.fromkeys(by_name[name] for name in only.split(",")))
+            hint = f"did you mean {near[0]}?" if near else "--list shows the names"
+            raise ValueError(f"--only={name}: no such set; {hint}")
+        if by_name[name] not in chosen:
+            chosen.append(by_name[name])
+    return chosen
 
 
-def fetch(row, target, home, hub):
-    """Copy a row's set from `home` at the address `hub` into target/; returns its checked folder.
+def fetch(row, target, home):
+    """Copy a row's set from `home` into target/; returns its checked folder.
 
     Raises ValueError or FileNotFoundError, also where the set's size differs from the row's.
     """
@@ -60,25 +91,26 @@ def fetch(row, target, home, hub):
     other = present(target).get(row.sets[0])
     if other and other.name != name:  # the homes differ in prompts, so one of them must go
         raise ValueError(f"{other} is the same set from the other home; move it away")
-    files = [file for file in hub_files(f"{hub}/datasets/{home}/{name}")
-             if WANTED.fullmatch(file.path)]
-    size = sum(file.size for file in files)
-    print(f"{row.title}: {name} of {home}, {len(files)} files, {size / 1e6:,.0f} MB", flush=True)
-    for file in files:
-        download(file.url, target / name / file.path, file.size, file.sha256)
+    commit, sizes = list_files(f"{home}/{name}")
+    wanted = [path for path in sizes if WANTED.fullmatch(path)]
+    size = sum(sizes[path] or 0 for path in wanted)
+    print(f"{row.title}: {name} of {home}, {len(wanted)} files, {size / 1e6:,.0f} MB", flush=True)
+    for path in wanted:
+        fetch_file(f"{home}/{name}", commit, path, target / name)
     check(target / name)
     return target / name
 
 
 def check(folder):
     """Read the set's index; ValueError unless it has its row's images and classes."""
-    if difference := unlike_row(BenchmarkSet(folder)):
+    difference = unlike_row(BenchmarkSet(folder))
+    if difference:
         raise ValueError(f"{difference}; remove the folder and start again")
 
 
 def present(target):
     """{set name: Path} of the sets in `target`, complete or not; {} where there are none."""
-    if not any(folder.is_dir() for folder in Path(target).glob("wds_*")):
+    if not any(folder.is_dir() for folder in target.glob("wds_*")):
         return {}
     return {name: Path(folder) for name, folder in find_sets(target).items()}
 
@@ -101,6 +133,84 @@ def show(rows, target):
               f"{state:<24}{', '.join(row.sets)}")
 
 
+def fetch_all(rows, target, home):
+    """Fetch each row's set; one that fails does not keep the others. Raises ValueError."""
+    failed = []
+    for row in rows:
+        try:
+            print(f"{row.title}: complete in {fetch(row, target, home)}")
+        except (ValueError, FileNotFoundError) as error:
+            failed.append(f"{row.sets[0]} ({error})")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(rows)} sets failed: {'; '.join(failed)}")
+
+
+# ---------------------------------------------------------------------------- sets of your own
+
+def from_folders(folder, target, config):
+    """Write the pictures below `folder` as a classification set; returns the set's folder."""
+    pictures, _ = find_pictures(folder)
+    if config.labels:
+        labels = labels_of_table(folder, pictures, Path(config.labels))
+    else:
+        labels = {name: name.split("/")[0] for name in pictures}
+        loose = [name for name in pictures if "/" not in name]
+        if loose:
+            raise ValueError(f"{folder}/{loose[0]}: lies in no class folder; move it, or give "
+                             "--labels=TABLE with the columns file and label")
+    classes = sorted(set(labels.values()))
+    numbers = {label: number for number, label in enumerate(classes)}
+    classnames = [label.replace("_", " ") for label in classes]
+    if config.classnames:
+        classnames = read_lines(config.classnames)
+        for label in classes:
+            if not label.isdecimal() or int(label) >= len(classnames):
+                raise ValueError(f"label {label!r}: {config.classnames} names the labels 0 to "
+                                 f"{len(classnames) - 1}")
+            numbers[label] = int(label)
+    elif all(label.isdecimal() for label in classes):
+        raise ValueError(f"labels are numbers ({', '.join(classes[:5])}); name them with "
+                         "--classnames=FILE, whose first line is label 0")
+    templates = read_lines(config.templates) if config.templates else ["a photo of a {c}."]
+    for template in templates:
+        if "{c}" not in template:
+            raise ValueError(f"{config.templates}: {template!r} has no {{c}} for the class name")
+
+    def samples():
+        for i, name in enumerate(pictures):
+            try:  # no short side is above this: kept as it is, or stored as JPEG at its own size
+                kind, data = shrink((folder / name).read_bytes(), short_side=10**9, quality=95)
+            except (BadImage, OSError) as error:
+                raise ValueError(f"{folder / name}: unreadable ({error})") from None
+            yield f"s{i:07d}", kind, data, numbers[labels[name]]
+
+    name = config.name or folder.resolve().name
+    return write_set(target, name, classnames, templates, samples(), family="own", per_shard=1000)
+
+
+def labels_of_table(folder, pictures, table):
+    """{picture: label} of a table; ValueError unless every picture and every row has its other."""
+    matched, missing = match_names(read_labels(table), pictures, folder)
+    unlabelled = [name for name in pictures if name not in matched]
+    if missing:
+        name, reason = missing[0]
+        raise ValueError(f"{table}: {name}: {reason} ({len(missing)} of such)")
+    if unlabelled:
+        raise ValueError(f"{table}: no label for {unlabelled[0]} ({len(unlabelled)} of such)")
+    labels = {}
+    for name, found in matched.items():
+        if len(set(found)) > 1:
+            raise ValueError(f"{table}: {name} has the labels {', '.join(sorted(set(found)))}")
+        labels[name] = found[0]
+    return labels
+
+
+def read_lines(file):
+    """The lines of a text file that are not blank."""
+    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_idx(path):
     """An idx-gz file of unsigned bytes (MNIST's format) -> uint8 array of its stated shape."""
     with gzip.open(path) as file:
@@ -116,7 +226,6 @@ def read_idx(path):
 
 def fashion_mnist(folder, target):
     """Write Fashion-MNIST's test half (10,000 images of 28 x 28, 10 classes) as a set."""
-    folder = Path(folder)
     images = read_idx(folder / "t10k-images-idx3-ubyte.gz")  # (n, 28, 28)
     labels = read_idx(folder / "t10k-labels-idx1-ubyte.gz")  # (n,)
 
@@ -130,33 +239,25 @@ def fashion_mnist(folder, target):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("python -m data.prepare.benchmarks", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    if argv[:1] == ["fashion-mnist"]:
-        parser.add_argument("set")
-        parser.add_argument("folder", help="holds t10k-images-idx3-ubyte.gz and its labels")
-        parser.add_argument("target", help="folder that gets wds_fashion_mnist_test")
-        args = parser.parse_args(argv)
-        print(fashion_mnist(args.folder, args.target))
+    config, others = load_config(Config, globals(), argv)
+    command = others[0] if others else ""
+    if command in ("folders", "fashion-mnist"):
+        if len(others) != 3:
+            raise ValueError(f"write: python -m data.prepare.benchmarks {command} FOLDER TARGET")
+        folder, target = Path(others[1]), Path(others[2])
+        if command == "folders":
+            print(from_folders(folder, target, config))
+        else:
+            print(fashion_mnist(folder, target))
         return
-    parser.add_argument("target", nargs="?", default="data/benchmarks", type=Path)
-    parser.add_argument("--only", help="set names, comma-separated; default: all 32 rows")
-    parser.add_argument("--home", choices=HOMES, default="djghosh")
-    parser.add_argument("--hub", default="https://huggingface.co", help="or a mirror's address")
-    parser.add_argument("--list", action="store_true", help="show the rows and what is here")
-    args = parser.parse_args(argv)
-    rows, failed = choose_rows(args.only), []
-    if args.list:
-        show(rows, args.target)
-        return
-    for row in rows:  # one set that fails does not keep the others
-        try:
-            print(f"{row.title}: complete in {fetch(row, args.target, args.home, args.hub)}")
-        except (ValueError, FileNotFoundError) as error:
-            failed.append(f"{row.sets[0]} ({error})")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(rows)} sets failed: {'; '.join(failed)}")
+    if len(others) > 1:
+        raise ValueError("write: python -m data.prepare.benchmarks [TARGET] [--key=value ...]")
+    target = Path(command or "data/benchmarks")
+    rows = choose_rows(config.only)
+    if config.list:
+        show(rows, target)
+    else:
+        fetch_all(rows, target, config.home)
 
 
 if __name__ == "__main__":
