@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data.images import decode
-from data.prepare.own import caption_of_names, is_held_out, main, shrink
+from data.prepare.captions import caption_of_names
+from data.prepare.own import is_held_out, main, shrink
 
 
 def picture(path, size=(40, 30), seed=0, **options):
@@ -338,7 +339,7 @@ def test_names_with_a_path_before_them_are_matched(images, tmp_path, before):
 def test_names_that_could_be_two_pictures_are_not_matched(images, tmp_path):
     picture(images / "owl.jpg", seed=20)
     text = "file,caption\n/a/cats/owl.jpg,a cat\n/b/dogs/owl.jpg,a dog\nowl.png,an owl\n"
-    with pytest.raises(ValueError, match="nothing could be packed, /a/cats/owl.jpg: no such picture; near:"):
+    with pytest.raises(ValueError, match="could be packed ./a/cats/owl.jpg: no such picture; near:"):
         captions_of(images, tmp_path, "c.csv", text)
 
 

@@ -1,18 +1,18 @@
-"""Evaluation sets: fetches those of data/benchmarks.py's table, and makes sets of your own pictures.
+"""Evaluation sets: fetches those of data/benchmarks.py's table, makes sets of your own.
 
-    python -m data.prepare.benchmarks --list                          # the rows, and what is here
-    python -m data.prepare.benchmarks --only=cifar10,vtab-dtd         # into data/benchmarks
-    python -m data.prepare.benchmarks /big/disk --home=clip-benchmark # all rows, the other home
-    python -m data.prepare.benchmarks folders FOLDER TARGET           # FOLDER/cat/1.jpg is a cat
+    python -m data.prepare.benchmarks --list                        # the rows, and what is here
+    python -m data.prepare.benchmarks --only=cifar10,vtab-dtd       # into data/benchmarks
+    python -m data.prepare.benchmarks /big/disk --home=clip-benchmark   # all, the other home
+    python -m data.prepare.benchmarks folders FOLDER TARGET         # FOLDER/cat/1.jpg is a cat
     python -m data.prepare.benchmarks folders FOLDER TARGET --labels=labels.csv   # file,label
-    python -m data.prepare.benchmarks fashion-mnist FOLDER TARGET     # a set from files at hand
+    python -m data.prepare.benchmarks fashion-mnist FOLDER TARGET   # a set from files at hand
 
 Both homes are on the Hugging Face hub (pip install huggingface_hub) and hold the layout that
-evaluate.py reads, so a set is a copy of its files; the same command goes on where it was stopped.
+evaluate.py reads: a set is a copy of its files. The same command goes on where it was stopped.
 
-"folders" writes TARGET/wds_NAME_test. A class is called as its folder, or as the label in the
-table, with "_" as a space; templates are one a line, with {c} for the name. A picture that cannot
-be read or has no label is an error: a set is never quietly smaller.
+"folders" writes TARGET/wds_NAME_test. A class is called as its folder, or as its label in the
+table, with "_" as a space; templates are one a line, with {c} for the name. A picture that is
+unreadable or has no label is an error: a set is never quietly smaller.
 
 "fashion-mnist" reads the idx-gz files that Debian's package dataset-fashion-mnist installs in
 /usr/share/datasets/fashion-mnist: not a row of the paper, but a real set without any account.
@@ -40,8 +40,8 @@ HOMES = {"djghosh": "wds_{}_test", "clip-benchmark": "wds_{}"}  # owner: form of
 # A set's own files; the homes also keep a README and git's attributes.
 WANTED = re.compile(r"(classnames|zeroshot_classification_templates|dataset_type)\.txt"
                     r"|test/(nshards\.txt|\d+\.tar)")
-FASHION = ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
-           "bag", "ankle boot")  # labels 0 to 9
+FASHION = ("t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt",
+           "sneaker", "bag", "ankle boot")  # labels 0 to 9
 FASHION_PROMPTS = ("a photo of a {c}.", "a black and white photo of a {c}.", "a {c}.",
                    "a small picture of a {c} on a black background.")
 
@@ -94,7 +94,7 @@ def fetch(row, target, home):
     commit, sizes = list_files(f"{home}/{name}")
     wanted = [path for path in sizes if WANTED.fullmatch(path)]
     size = sum(sizes[path] or 0 for path in wanted)
-    print(f"{row.title}: {name} of {home}, {len(wanted)} files, {size / 1e6:,.0f} MB", flush=True)
+    print(f"{row.title}: {home}/{name}, {len(wanted)} files, {size / 1e6:,.0f} MB", flush=True)
     for path in wanted:
         fetch_file(f"{home}/{name}", commit, path, target / name)
     check(target / name)
@@ -153,56 +153,76 @@ def from_folders(folder, target, config):
     if config.labels:
         labels = labels_of_table(folder, pictures, Path(config.labels))
     else:
-        labels = {name: name.split("/")[0] for name in pictures}
-        loose = [name for name in pictures if "/" not in name]
-        if loose:
-            raise ValueError(f"{folder}/{loose[0]}: lies in no class folder; move it, or give "
-                             "--labels=TABLE with the columns file and label")
-    classes = sorted(set(labels.values()))
-    numbers = {label: number for number, label in enumerate(classes)}
-    classnames = [label.replace("_", " ") for label in classes]
-    if config.classnames:
-        classnames = read_lines(config.classnames)
-        for label in classes:
-            if not label.isdecimal() or int(label) >= len(classnames):
-                raise ValueError(f"label {label!r}: {config.classnames} names the labels 0 to "
-                                 f"{len(classnames) - 1}")
-            numbers[label] = int(label)
-    elif all(label.isdecimal() for label in classes):
-        raise ValueError(f"labels are numbers ({', '.join(classes[:5])}); name them with "
-                         "--classnames=FILE, whose first line is label 0")
-    templates = read_lines(config.templates) if config.templates else ["a photo of a {c}."]
+        labels = labels_of_folders(folder, pictures)
+    classnames, numbers = name_classes(sorted(set(labels.values())), config.classnames)
+    templates = ["a photo of a {c}."]
+    if config.templates:
+        templates = read_lines(config.templates)
     for template in templates:
         if "{c}" not in template:
-            raise ValueError(f"{config.templates}: {template!r} has no {{c}} for the class name")
+            raise ValueError(f"{config.templates}: {template!r} has no {{c}} for the class")
 
     def samples():
         for i, name in enumerate(pictures):
-            try:  # no short side is above this: kept as it is, or stored as JPEG at its own size
-                kind, data = shrink((folder / name).read_bytes(), short_side=10**9, quality=95)
+            try:
+                data = (folder / name).read_bytes()
+                kind, data = shrink(data, short_side=10**9, quality=95)  # at its own size
             except (BadImage, OSError) as error:
                 raise ValueError(f"{folder / name}: unreadable ({error})") from None
             yield f"s{i:07d}", kind, data, numbers[labels[name]]
 
     name = config.name or folder.resolve().name
-    return write_set(target, name, classnames, templates, samples(), family="own", per_shard=1000)
+    return write_set(target, name, classnames, templates, samples(), family="own",
+                     per_shard=1000)
+
+
+def labels_of_folders(folder, pictures):
+    """{picture: the folder in `folder` that it lies in}. Raises ValueError."""
+    labels = {}
+    for name in pictures:
+        label, slash, _ = name.partition("/")
+        if not slash:
+            raise ValueError(f"{folder}/{name}: lies in no class folder; move it, or give "
+                             "--labels=TABLE with the columns file and label")
+        labels[name] = label
+    return labels
 
 
 def labels_of_table(folder, pictures, table):
-    """{picture: label} of a table; ValueError unless every picture and every row has its other."""
+    """{picture: label} of a table; ValueError for a picture or a row without its other."""
     matched, missing = match_names(read_labels(table), pictures, folder)
-    unlabelled = [name for name in pictures if name not in matched]
-    if missing:
-        name, reason = missing[0]
+    for name, reason in missing:
         raise ValueError(f"{table}: {name}: {reason} ({len(missing)} of such)")
-    if unlabelled:
-        raise ValueError(f"{table}: no label for {unlabelled[0]} ({len(unlabelled)} of such)")
     labels = {}
-    for name, found in matched.items():
-        if len(set(found)) > 1:
-            raise ValueError(f"{table}: {name} has the labels {', '.join(sorted(set(found)))}")
+    for name in pictures:
+        found = sorted(set(matched.get(name, [])))
+        if not found:
+            count = len(set(pictures) - set(matched))
+            raise ValueError(f"{table}: no label for {name} ({count} of such)")
+        if len(found) > 1:
+            raise ValueError(f"{table}: {name} has the labels {', '.join(found)}")
         labels[name] = found[0]
     return labels
+
+
+def name_classes(labels, file):
+    """Sorted labels -> (names of the classes, {label: number of its class}). Raises ValueError.
+
+    file: the names of numbered labels, label 0 in the first line; "": labels are names.
+    """
+    if not file:
+        if all(label.isdecimal() for label in labels):
+            raise ValueError(f"labels are numbers ({', '.join(labels[:5])}); name them with "
+                             "--classnames=FILE, whose first line is label 0")
+        names = [label.replace("_", " ") for label in labels]
+        return names, {label: number for number, label in enumerate(labels)}
+    names = read_lines(file)
+    numbers = {}
+    for label in labels:
+        if not label.isdecimal() or int(label) >= len(names):
+            raise ValueError(f"label {label!r}: {file} names labels 0 to {len(names) - 1}")
+        numbers[label] = int(label)
+    return names, numbers
 
 
 def read_lines(file):
@@ -220,7 +240,8 @@ def read_idx(path):
     head = 4 + 4 * content[3]
     shape = np.frombuffer(content[4:head], dtype=">i4")
     if len(content) != head + shape.prod():
-        raise ValueError(f"{path}: {len(content) - head:,} bytes of data, its head says {shape}")
+        raise ValueError(f"{path}: {len(content) - head:,} bytes of data, "
+                         f"its head says {shape}")
     return np.frombuffer(content[head:], dtype=np.uint8).reshape(shape)
 
 
@@ -235,7 +256,8 @@ def fashion_mnist(folder, target):
             Image.fromarray(image).save(file, "PNG")
             yield f"s{i:07d}", "png", file.getvalue(), int(label)
 
-    return write_set(target, "fashion_mnist", FASHION, FASHION_PROMPTS, samples(), family="extra")
+    return write_set(target, "fashion_mnist", FASHION, FASHION_PROMPTS, samples(),
+                     family="extra")
 
 
 def main(argv=None):
@@ -243,7 +265,7 @@ def main(argv=None):
     command = others[0] if others else ""
     if command in ("folders", "fashion-mnist"):
         if len(others) != 3:
-            raise ValueError(f"write: python -m data.prepare.benchmarks {command} FOLDER TARGET")
+            raise ValueError(f"write: ... data.prepare.benchmarks {command} FOLDER TARGET")
         folder, target = Path(others[1]), Path(others[2])
         if command == "folders":
             print(from_folders(folder, target, config))

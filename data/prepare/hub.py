@@ -17,7 +17,7 @@ def dataset_name(address):
 
 
 def list_files(name):
-    """The newest commit of data set `name`, and {path: bytes} of its files. Raises ValueError."""
+    """The newest commit of a data set, and {path: bytes} of its files. Raises ValueError."""
     with one_line(f"data set {name} on the hub"):
         from huggingface_hub import HfApi
         info = HfApi().dataset_info(name, files_metadata=True, timeout=60)
@@ -48,9 +48,9 @@ def one_line(what):
     try:
         from huggingface_hub import errors
     except ImportError:
-        raise ValueError("the hub is read by huggingface_hub: pip install huggingface_hub") from None
+        raise ValueError("this takes huggingface_hub: pip install huggingface_hub") from None
     try:
         yield
-    except (errors.HTTPError, OSError, ValueError) as error:  # HTTPError: the hub cannot be reached
+    except (errors.HTTPError, OSError, ValueError) as error:  # HTTPError: nobody answers
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{what}: {reason}") from None

@@ -1,11 +1,11 @@
 """NIGHTS, the 20,019 judgements of DreamSim (arXiv 2306.09344): unpacks its zip and checks it.
 
-    mkdir -p data/nights && cd data/nights && curl -C - -O https://data.csail.mit.edu/nights/nights.zip
-    python -m data.prepare.nights                                  # data/nights/nights.zip
-    python -m data.prepare.nights /big/disk/nights --zip=/downloads/nights.zip
+    curl -C - -O https://data.csail.mit.edu/nights/nights.zip
+    python -m data.prepare.nights data/nights --zip=nights.zip
 
-data.csv is written last, so a folder that has it is unpacked: it is only checked. A stopped run
-goes on where it was. The zip is kept; zip and pictures need about twice 58 GB.
+Without --zip, the folder's own nights.zip is taken. data.csv is written last: a folder that
+has it is only checked, and a stopped run goes on where it was. The zip is kept; with the
+pictures it needs about twice 58 GB.
 """
 import os
 import shutil
@@ -98,12 +98,13 @@ def check(folder, counts):
             found[row["split"]] += 1
     missing = sorted(name for name in named if not (csv.parent / name).is_file())
     if missing:
-        raise FileNotFoundError(f"{folder}: {len(missing):,} of {len(named):,} pictures missing, the "
-                                f"first: {', '.join(missing[:10])}; remove data.csv and start again: "
+        some = ", ".join(missing[:10])
+        raise FileNotFoundError(f"{folder}: {len(missing):,} of {len(named):,} pictures "
+                                f"missing, the first: {some}; remove data.csv and start again: "
                                 "what is missing is unpacked")
     if found != counts:
-        raise ValueError(f"{csv}: triplets with {MIN_VOTES} votes or more are {found}, NIGHTS has "
-                         f"{counts}; another file, or a changed one")
+        raise ValueError(f"{csv}: triplets with {MIN_VOTES} votes or more are {found}, NIGHTS "
+                         f"has {counts}; another file, or a changed one")
 
 
 def main(argv=None):
@@ -114,8 +115,8 @@ def main(argv=None):
     archive = Path(config.zip) if config.zip else folder / "nights.zip"
     if not (folder / "data.csv").exists():
         if not archive.is_file():
-            raise FileNotFoundError(f"{archive}: no such file; `curl -C - -o {archive} {URL}` fetches "
-                                    "it, and goes on where it was stopped")
+            raise FileNotFoundError(f"{archive}: no such file; `curl -C - -o {archive} {URL}` "
+                                    "fetches it, and goes on where it was stopped")
         extract(archive, folder)
         print(f"{archive} is unpacked and may be deleted")
     check(folder, COUNTS)

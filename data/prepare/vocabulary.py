@@ -74,17 +74,15 @@ def tiktoken_text(merges):
         if word.endswith("</w>"):
             token += b"\0"
         tokens.append(token)
-    lines = []
-    for rank, token in enumerate(tokens):
-        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
-    return "".join(lines)
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                   for rank, token in enumerate(tokens))
 
 
 def write_vocabulary(text, target):
     """Write `text`, whole or not at all; a file that holds anything else is not overwritten."""
     if target.exists() and target.read_bytes() != text.encode():
-        raise ValueError(f"{target} is there and is no vocabulary of CLIP's; move it away, or name "
-                         "another target (the published merges are given with --merges=FILE)")
+        raise ValueError(f"{target} is there and is not CLIP's vocabulary; move it away, or "
+                         "name another target (published merges are given with --merges=FILE)")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     part.write_text(text, encoding="utf-8")

@@ -2,18 +2,17 @@
 
     python -m data.prepare.yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
 
-SOURCE: Kaichengalex/YFCC15M on the Hugging Face hub (or its address), or a folder of its .parquet
-files. Fetching takes `pip install huggingface_hub`, reading `pip install pyarrow`.
-TARGET gets one tar a parquet file, of the same name, with pictures at a short side of 256 (JPEG,
-quality 90) and captions as text; TARGET/done/NAME.json when the tar is complete, and report.json,
-the sum of these. A stopped run goes on at the files that are not done; its tars equal those of an
-uninterrupted run byte for byte.
+SOURCE: Kaichengalex/YFCC15M on the Hugging Face hub (or its address), or a folder of .parquet
+files. It takes `pip install huggingface_hub pyarrow`. TARGET gets one tar a parquet file, of
+the same name, with pictures at a short side of 256 (JPEG, quality 90) and captions as text;
+TARGET/done/NAME.json when the tar is complete, and report.json, the sum of these. A stopped run
+goes on at the files that are not done; its tars equal those of an uninterrupted run.
 
-Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions, each
-start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids differ
-(cut within a word, say). A file in which more than a tenth of the rows is skipped or differs fails:
-then the vocabulary or the data is not what it should be. Scratch: 0.75 GB a process while a file
-is fetched and converted, in TARGET/fetched.
+Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions,
+each start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids
+differ (cut within a word, say). A file in which more than a tenth of the rows is skipped or
+differs fails: then vocabulary or data are not what they should be. Scratch: 0.75 GB a process
+while a file is fetched and converted, in TARGET/fetched.
 """
 import functools
 import importlib.util
@@ -65,7 +64,7 @@ def read_caption(ids, tokenizer):
     if ids[0] != tokenizer.start:
         raise BadRow("wrong first token id")
     ends = np.flatnonzero(ids == tokenizer.end)
-    end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut long captions without an end
+    end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut captions without an end
     if ids[end + 1:].any():
         raise BadRow("token ids after the end")
     words = ids[1:end].tolist()
@@ -81,31 +80,35 @@ def read_captions(ids, tokenizer, counts):
         raise BadRow("token row is not k x 77 ids")
     if None in ids:
         raise BadRow("token id missing")
-    table, captions, dropped = np.array(ids).reshape(-1, CONTEXT), [], []  # (k,77)
+    table = np.array(ids).reshape(-1, CONTEXT)                       # (k, 77)
+    captions, dropped = [], []
     for row in table[table.any(1)]:  # rows of zeros fill up where others have more captions
         try:
             text, same = read_caption(row, tokenizer)
-            captions.append(text)
-            counts["captions"] += 1
-            counts[DIFFERENT] += not same
         except BadRow as error:
             dropped.append(str(error))
+            continue
+        captions.append(text)
+        counts["captions"] += 1
+        counts[DIFFERENT] += not same
     if not captions:
         raise BadRow(dropped[0] if dropped else "empty caption")
-    counts.update(f"dropped caption: {reason}" for reason in dropped)
+    for reason in dropped:
+        counts[f"dropped caption: {reason}"] += 1
     return captions
 
 
 def read_rows(path):
-    """Yield (image bytes, list of ids) of a parquet file, a few dozen rows in memory at a time."""
+    """Yield (image bytes, list of ids) of a parquet file, with a few dozen rows in memory."""
     from pyarrow import parquet
     # Streamed: a row group can be the whole file, and then 714 MB of it took 0.97 GB, now 0.3
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         columns = {field.name: str(field.type) for field in file.schema_arrow}
         if columns.get("images") not in ("binary", "large_binary") or "texts" not in columns:
-            raise ValueError(f"columns are {columns}, must have images (binary) and texts (ids)")
+            raise ValueError(f"columns are {columns}, must be images (binary) and texts (ids)")
         for batch in file.iter_batches(batch_size=32, columns=["images", "texts"]):
-            yield from zip(batch.column("images").to_pylist(), batch.column("texts").to_pylist())
+            for row in batch.to_pylist():
+                yield row["images"], row["texts"]
 
 
 def members(rows, name, tokenizer, counts, skipped):
@@ -132,8 +135,8 @@ def members(rows, name, tokenizer, counts, skipped):
 def convert_file(file, fetch, target, vocabulary):
     """One parquet file -> target/NAME.tar and done/NAME.json.
 
-    fetch makes a local Path of `file` (find_sources). Returns None, or what went wrong as a str:
-    other files can still be converted.
+    fetch makes a local Path of `file` (find_sources). Returns None, or what went wrong as a
+    str: other files can still be converted.
     """
     name, counts, skipped = Path(file).stem, Counter(), {}
     try:
@@ -169,8 +172,8 @@ def find_sources(source, scratch):
         raise FileNotFoundError(f"{source}: no .parquet file in it")
     for name, times in Counter(Path(file).stem for file in files).items():
         if times > 1:
-            raise ValueError(f"{source}: {name}.parquet is there {times} times; shards are named "
-                             "after the files")
+            raise ValueError(f"{source}: {name}.parquet is there {times} times; shards are "
+                             "named after the files")
     return sorted(files, key=lambda file: Path(file).stem), fetch
 
 
@@ -189,7 +192,7 @@ def sum_up(target):
 def main(argv=None):
     config, others = load_config(Config, globals(), argv)
     if len(others) != 2:
-        raise ValueError("write: python -m data.prepare.yfcc15m SOURCE TARGET [--key=value ...]")
+        raise ValueError("write: python -m data.prepare.yfcc15m SOURCE TARGET [--key=value]")
     if not importlib.util.find_spec("pyarrow"):
         raise ValueError("parquet files are read by pyarrow: pip install pyarrow")
     Tokenizer(config.vocabulary)  # a wrong path shows now, not in each process
