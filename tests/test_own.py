@@ -343,6 +343,22 @@ def test_names_that_could_be_two_pictures_are_not_matched(images, tmp_path):
         captions_of(images, tmp_path, "c.csv", text)
 
 
+def test_names_in_another_folder_are_not_matched_but_near_ones_named(images, tmp_path):
+    found, _ = captions_of(images, tmp_path, "c.csv", "file,caption\ndog.webp,a dog\n"
+                           "pets/cat.png,a cat\nCAT,a cat\n")
+    assert list(found) == ["dog"]
+    said = skips(tmp_path / "out", "images")
+    assert said["pets/cat.png"] == said["CAT"] == "no such picture; near: cat.png"
+
+
+def test_a_parquet_file_with_pictures_is_refused_beside_other_pictures(images, tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="parquet files are written with pyarrow")
+    from pyarrow import parquet
+    parquet.write_table(pa.table({"image": [b"x"], "text": ["a"]}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="p.parquet holds pictures itself, .*images others"):
+        run(images, tmp_path / "out", f"--captions={tmp_path}/p.parquet")
+
+
 def test_accents_are_matched_however_they_are_stored(images, tmp_path):
     picture(images / "cafe\u0301.png", seed=8)  # as macOS stores it
     found, _ = captions_of(images, tmp_path, "c.csv", "file,caption\ncaf\u00e9.png,a café\n")

@@ -336,6 +336,14 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch)
     prepare_nights.check(tmp_path / "nights", COUNTS)
 
 
+def test_a_file_of_another_size_is_unpacked_again(tmp_path):
+    cut = tmp_path / "nights" / "ref" / "000" / "001.png"
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(b"pict")
+    prepare_nights.extract(nights_zip(tmp_path / "n.zip"), tmp_path / "nights")
+    assert cut.read_bytes() == b"picture ref/000/001.png" * 50
+
+
 def full_disk(*_):
     raise OSError(28, "No space left on device")
 
@@ -369,6 +377,7 @@ def test_a_damaged_zip_is_named(tmp_path):
     archive.write_bytes(content)
     with pytest.raises(ValueError, match="n.zip: broken"):
         prepare_nights.extract(archive, tmp_path / "nights")
+    assert not (tmp_path / "nights" / "distort" / "000" / "003_1.png").exists()
     archive.write_bytes(b"<html>busy</html>")
     with pytest.raises(ValueError, match="n.zip: broken .*remove it and fetch it again"):
         prepare_nights.extract(archive, tmp_path / "nights")
@@ -681,6 +690,7 @@ def test_a_file_that_the_hub_has_broken_fails_alone(release, tmp_path, vocabular
     with pytest.raises(ValueError, match="1 of 3 files failed, the first: train-00001"):
         prepare("o/n", tmp_path / "out", vocabulary)
     assert len(tars(tmp_path / "out")) == 2
+    assert not list((tmp_path / "out").rglob("*.parquet"))  # so that it is fetched anew
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(release, tmp_path, vocabulary):

@@ -319,7 +319,6 @@ def _find_prefixes(names, by_name, folder):
         for i in range(1, len(parts)):
             if name not in by_name and "/".join(parts[i:]) in by_name:
                 found.add("/".join(parts[:i]) + "/")
-                break  # the longest name that is there
     here = [f"/{path.as_posix()}/" for path in (folder.absolute(), folder.resolve())]
     own = {prefix for prefix in found for path in here if path.endswith(f"/{prefix}")}
     if own:

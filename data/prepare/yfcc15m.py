@@ -138,20 +138,21 @@ def convert_file(file, fetch, target, vocabulary):
     fetch makes a local Path of `file` (find_sources). Returns None, or what went wrong as a
     str: other files can still be converted.
     """
-    name, counts, skipped = Path(file).stem, Counter(), {}
+    name, counts, skipped, path = Path(file).stem, Counter(), {}, None
     try:
         path = fetch(file)
         found = members(read_rows(path), name, tokenizer_of(vocabulary), counts, skipped)
         write_tar(target / f"{name}.tar", found)
     except (ValueError, OSError) as error:  # OSError: a truncated parquet file, or a full disk
         return f"{name}: {error}"
+    finally:
+        if path and fetch is not Path:
+            path.unlink()
     counts["skipped"] = {reason: len(numbers) for reason, numbers in skipped.items()}
     counts["examples"] = {reason: numbers[:EXAMPLES] for reason, numbers in skipped.items()}
     part = target / "done" / f"{name}.part"
     part.write_text(json.dumps(counts, indent=2) + "\n")
     os.replace(part, part.with_suffix(".json"))
-    if fetch is not Path:
-        path.unlink()
 
 
 def find_sources(source, scratch):
