@@ -20,7 +20,6 @@ it. NAME.json counts pictures = pairs + held out + skipped by reason; NAME.skipp
 each skipped file. Nothing appears in TARGET before everything is done. Memory: the captions and
 8 pictures a process.
 """
-import dataclasses
 import glob
 import hashlib
 import io
@@ -29,7 +28,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -154,8 +153,7 @@ def find_digests(images, names):
     digests = {}
     for name, size in sizes.items():
         if often[size] > 1:
-            with open(images / name, "rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").digest()
+            digests[name] = hashlib.sha256((images / name).read_bytes()).digest()
     return digests
 
 
@@ -174,9 +172,8 @@ def find_in_folder(images, config):
         table, found.notes = tables.read_captions(Path(config.captions), config.columns)
         found.captions, missing = tables.match_names(table, names, images)
         found.others += missing
-        for name in names:
-            if name not in found.captions:
-                found.skipped[name] = "not in the caption file"
+        without = [name for name in names if name not in found.captions]
+        found.skipped = dict.fromkeys(without, "not in the caption file")
     else:
         raise FileNotFoundError(f"--captions={config.captions}: no such file; name a table of "
                                 "files and captions, or write beside or names")
@@ -272,8 +269,7 @@ def pack(images, target, config):
     found = find_in_parquet(table, config) if table else find_in_folder(images, config)
     pairs = choose_pairs(found)
     draft = target / f"{name}.unfinished"
-    if draft.exists():  # of an interrupted run
-        shutil.rmtree(draft)
+    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
     draft.mkdir(parents=True)
     report = {"pictures": len(found.names)}
     for part, place in (("pairs", draft), ("held_out", draft / "held_out")):
@@ -302,7 +298,7 @@ def write_report(path, report, found, config):
     kinds = [reason.partition(";")[0] for _, reason in found.others]
     report["no pictures"] = dict(Counter(kinds))
     report["notes"] = dict(found.notes)
-    report["settings"] = dataclasses.asdict(config)
+    report["settings"] = asdict(config)
     path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = [f"{name}\t{reason}\n" for name, reason in [*found.skipped.items(), *found.others]]
     table = path.with_name(f"{path.name}.skipped.tsv")
