@@ -1,4 +1,4 @@
-"""Downloads and the preparation of published data: loopback servers, parquet files, zips."""
+"""The preparation of published data: a loopback server that plays the hub, parquet files, zips."""
 import base64
 import gzip
 import hashlib
@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -20,30 +19,30 @@ import pytest
 from PIL import Image
 
 from data import benchmarks
-from data.prepare.tars import write_set
-from data.prepare import benchmarks as prepare_benchmarks
-from data.prepare import nights as prepare_nights
-from data.prepare import yfcc15m as prepare_yfcc15m
-from data.prepare.download import CHUNK, download, hub_files
 from data.log import Progress
+from data.prepare import benchmarks as prepare_benchmarks
+from data.prepare import hub
+from data.prepare import nights as prepare_nights
+from data.prepare import vocabulary as prepare_vocabulary
+from data.prepare import yfcc15m as prepare_yfcc15m
+from data.prepare.tars import write_set
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
-class Server(http.server.ThreadingHTTPServer):
-    """An HTTP server on the loopback device whose manners a test sets.
 
-    files: {path: bytes}; cut: bytes after which each reply ends, though it promised more;
-    ranges: whether it honours Range; log: (path, Range header) of each request;
-    fail: {path: [status codes of the first replies]}; page: entries per page of a listing;
-    pauses: seconds that the first replies keep silent for; moved: {path: where to go instead}.
+class Hub(http.server.ThreadingHTTPServer):
+    """What the library asks of the Hugging Face hub, on the loopback device.
+
+    files: {"OWNER/NAME/path": bytes}; gated: {"OWNER/NAME": token that opens it};
+    busy: replies of 429 before the next ones are given; cut: bytes after which the next reply with
+    a file ends, though it promised more; log: (method, path, Range header) of each request.
     """
 
-    def __init__(self, files, cut=None, ranges=True, fail=None, page=1000, pauses=(), moved=None):
+    def __init__(self, files, gated=None):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.cut, self.ranges = files, cut, ranges
-        self.fail, self.moved = fail or {}, moved or {}
-        self.page, self.pauses, self.log = page, list(pauses), []
+        self.files, self.gated, self.log, self.busy, self.cut = files, gated or {}, [], 0, None
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -54,191 +53,202 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def fetched(self):
+        """Paths of the files that were sent."""
+        return [path for method, path, _ in self.log if method == "GET" and "/resolve/" in path]
+
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
-        path, asked, server = self.path, self.headers.get("Range"), self.server
-        server.log.append((path, asked))
-        if server.fail.get(path):
-            return self.send_error(server.fail[path].pop(0))
-        if path in server.moved:
-            self.send_response(302)
-            self.send_header("Location", server.moved[path])
-            return self.end_headers()
-        if path.startswith("/api/datasets/"):
-            return self.listing()
-        if path not in server.files:
-            return self.send_error(404)
-        body, begin = server.files[path], 0
-        if asked and server.ranges:
-            begin = int(asked.removeprefix("bytes=").rstrip("-"))
-            if begin >= len(body):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(body)}")
-                return self.end_headers()
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(body) - begin))
+        path, hub = self.path.partition("?")[0], self.server
+        hub.log.append((self.command, path, self.headers.get("Range")))
+        if hub.busy:
+            hub.busy -= 1
+            return self.reply(429, headers={"Retry-After": "0"})
+        parts = path.removeprefix("/api").split("/")  # "", "datasets", owner, name, ...
+        name = "/".join(parts[2:4])
+        known = {"/".join(file.split("/")[:2]) for file in hub.files}
+        if name not in known:
+            return self.reply(401, headers={"X-Error-Code": "RepoNotFound"})
+        if name in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.gated[name]}":
+            return self.reply(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message":
+                                            f"Access to dataset {name} is restricted."})
+        if path.startswith("/api/"):
+            return self.reply(200, json.dumps(self.listing(name)).encode())
+        body = hub.files.get(f"{name}/{'/'.join(parts[6:])}")
+        if body is None:
+            return self.reply(404, headers={"X-Error-Code": "EntryNotFound"})
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+        self.reply(206 if begin else 200, body[begin:], headers)
+
+    def listing(self, name):
+        files = {file.removeprefix(name + "/"): body for file, body in self.server.files.items()
+                 if file.startswith(name + "/")}
+        return {"id": name, "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": [],
+                "siblings": [{"rfilename": path, "size": len(body)} for path, body in files.items()]}
+
+    def reply(self, status, body=b"", headers=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
         self.end_headers()
-        if server.pauses:
-            time.sleep(server.pauses.pop(0))
-        self.wfile.write(body[begin:][:server.cut])
-
-    def listing(self):
-        """The hub's answer: entries of the data set's tree, page by page."""
-        route, _, query = self.path.partition("?")
-        name, server = "/".join(route.split("/")[3:5]), self.server
-        head = f"/datasets/{name}/resolve/main/"
-        paths = sorted(path.removeprefix(head) for path in server.files if path.startswith(head))
-        start = int(query.partition("cursor=")[2] or 0)
-        entries = [{"type": "directory", "path": "data", "size": 0}] if start == 0 else []
-        for path in paths[start:start + server.page]:
-            body = server.files[head + path]
-            entries.append({"type": "file", "path": path, "size": len(body)})
-            if path.endswith((".tar", ".parquet")):
-                entries[-1]["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": len(body)}
-        self.send_response(200)
-        if start + server.page < len(paths):
-            link = f"{server.address}{route}?recursive=true&cursor={start + server.page}"
-            self.send_header("Link", f'<{link}>; rel="next"')
-        self.end_headers()
-        self.wfile.write(json.dumps(entries).encode())
+        if self.command == "GET":
+            cut = self.server.cut if "X-Repo-Commit" in (headers or {}) else None
+            self.wfile.write(body[:cut])
+            if cut is not None:
+                self.server.cut = None
+                self.close_connection = True
 
 
-BODY = np.random.default_rng(0).bytes(3 * CHUNK + 17)  # some 3 MB, so that progress can be made
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """A function of files and gates that starts a Hub, to which the library then goes."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="pip install huggingface_hub")
+    started = []
+
+    def start(files, gated=None):
+        server = Hub(files, gated).__enter__()
+        started.append(server)
+        monkeypatch.setenv("HF_ENDPOINT", server.address)  # read at import: for new processes
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                            server.address + "/{repo_id}/resolve/{revision}/{filename}")
+        return server
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield start
+    for server in started:
+        server.__exit__()
 
 
-def test_a_download_has_the_servers_bytes_and_leaves_no_part(tmp_path):
-    with Server({"/a.bin": BODY}) as server:
-        path = download(server.address + "/a.bin", tmp_path / "sub" / "a.bin", size=len(BODY),
-                        sha256=hashlib.sha256(BODY).hexdigest())
-    assert path.read_bytes() == BODY
-    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+# --------------------------------------------------------------------------------------------- hub
+
+BODY = np.random.default_rng(0).bytes(100_000)
 
 
-def test_a_finished_download_asks_the_server_nothing(tmp_path):
-    (tmp_path / "a.bin").write_bytes(BODY)
-    download("http://127.0.0.1:1/a.bin", tmp_path / "a.bin", size=len(BODY))
+def command(*arguments, **environment):
+    """Run a command of ours as a user does; returns (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_a_connection_cut_again_and_again_is_resumed_where_it_ended(tmp_path):
-    with Server({"/a.bin": BODY}, cut=CHUNK) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
-        asked = [range_ for _, range_ in server.log]
-    assert path.read_bytes() == BODY
-    assert asked == [None] + [f"bytes={i * CHUNK}-" for i in (1, 2, 3)]
+def test_a_data_set_is_listed_with_its_commit_and_sizes(serve):
+    serve({"o/n/a/1.tar": BODY, "o/n/README.md": b"# n", "o/other/x": b""})
+    assert hub.list_files("o/n") == (COMMIT, {"a/1.tar": len(BODY), "README.md": 3})
 
 
-def test_a_part_left_by_a_killed_run_is_gone_on_from(tmp_path):
-    (tmp_path / "a.bin.part").write_bytes(BODY[:1000])
-    with Server({"/a.bin": BODY}) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin")
-        assert server.log == [("/a.bin", "bytes=1000-")]
-    assert path.read_bytes() == BODY
+def test_a_fetched_file_is_whole_and_costs_nothing_the_second_time(serve, tmp_path):
+    server = serve({"o/n/a/1.tar": BODY})
+    path = hub.fetch_file("o/n", COMMIT, "a/1.tar", tmp_path / "to")
+    assert path.read_bytes() == BODY and path.resolve() == (tmp_path / "to" / "a" / "1.tar")
+    server.log.clear()
+    assert hub.fetch_file("o/n", COMMIT, "a/1.tar", tmp_path / "to") == path and not server.log
 
 
-def test_a_redirected_download_is_gone_on_from(tmp_path):  # the hub redirects large files
-    (tmp_path / "a.bin.part").write_bytes(BODY[:1000])
-    with Server({"/b.bin": BODY}, moved={"/a.bin": "/b.bin"}) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin")
-        assert server.log[1] == ("/b.bin", "bytes=1000-")
-    assert path.read_bytes() == BODY
+def test_a_connection_that_was_cut_is_gone_on_from(serve, tmp_path):
+    server = serve({"o/n/1.tar": BODY})
+    server.cut = 60_000
+    assert hub.fetch_file("o/n", COMMIT, "1.tar", tmp_path).read_bytes() == BODY
+    assert len(server.fetched()) == 2
 
 
-def test_a_complete_part_needs_no_further_byte(tmp_path):
-    (tmp_path / "a.bin.part").write_bytes(BODY)
-    with Server({"/a.bin": BODY}) as server:
-        assert download(server.address + "/a.bin", tmp_path / "a.bin").read_bytes() == BODY
-        assert len(server.log) == 1
+def test_a_busy_hub_is_asked_again(serve, tmp_path):
+    server = serve({"o/n/1.tar": BODY})
+    server.busy = 2
+    assert hub.fetch_file("o/n", COMMIT, "1.tar", tmp_path).read_bytes() == BODY
 
 
-def test_a_part_longer_than_the_file_starts_over(tmp_path):
-    (tmp_path / "a.bin.part").write_bytes(BODY + b"more")
-    with Server({"/a.bin": BODY}) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
-    assert path.read_bytes() == BODY
+def test_a_gated_set_is_opened_by_the_token(serve, tmp_path, monkeypatch):
+    serve({"o/n/1.tar": BODY}, gated={"o/n": "hf_secret"})
+    with pytest.raises(ValueError, match="data set o/n on the hub: 403.*Access to dataset o/n is restricted"):
+        hub.list_files("o/n")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert hub.list_files("o/n")[1] == {"1.tar": len(BODY)}
+    assert hub.fetch_file("o/n", COMMIT, "1.tar", tmp_path).read_bytes() == BODY
 
 
-def test_a_server_that_ignores_range_starts_over(tmp_path):
-    (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
-    with Server({"/a.bin": BODY}, ranges=False) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin")
-    assert path.read_bytes() == BODY
+@pytest.mark.parametrize("address", ["https://huggingface.co/some/model", "kaichengalex", "a/b/c", ""])
+def test_an_address_that_is_no_data_set_is_refused(address):
+    with pytest.raises(ValueError, match="write OWNER/NAME, or https://huggingface.co/datasets/OWNER/"):
+        hub.dataset_name(address)
 
 
-def test_a_server_without_progress_is_given_up_and_the_part_stays(tmp_path):
-    with Server({"/a.bin": BODY}, cut=10, ranges=False) as server:
-        with pytest.raises(ValueError, match="gave up after 6 attempts .* from byte 10"):
-            download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
-    assert (tmp_path / "a.bin.part").read_bytes() == BODY[:10]
+def test_the_address_of_a_data_set_and_its_name_are_the_same():
+    for address in ("o/n", "https://huggingface.co/datasets/o/n", "http://mirror/datasets/o/n/"):
+        assert hub.dataset_name(address) == "o/n"
 
 
-def test_a_busy_server_is_asked_again(tmp_path):
-    with Server({"/a.bin": b"abc"}, fail={"/a.bin": [503, 429]}) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
-        assert path.read_bytes() == b"abc"
-        assert len(server.log) == 3
+def test_without_the_library_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        hub.list_files("o/n")
 
 
-def test_a_server_that_falls_silent_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.prepare.download.TIMEOUT", 0.1)
-    with Server({"/a.bin": b"abc"}, pauses=[0.3]) as server:
-        path = download(server.address + "/a.bin", tmp_path / "a.bin", wait=0)
-        assert path.read_bytes() == b"abc"
-        assert len(server.log) == 2
+def test_what_the_hub_refuses_is_one_line_and_exit_code_2(serve, tmp_path, vocabulary):
+    server = serve({"o/gated/a.parquet": b""}, gated={"o/gated": "secret"})
+    for name, reason in (("o/none", "Repository Not Found"), ("o/gated", "restricted")):
+        code, _, said = command("data.prepare.yfcc15m", name, tmp_path / "out",
+                                f"--vocabulary={vocabulary}", HF_ENDPOINT=server.address)
+        assert code == 2 and reason in said and said.count("\n") == 1
+    code, _, said = command("data.prepare.yfcc15m", "o/none", tmp_path / "out",
+                            f"--vocabulary={vocabulary}", HF_ENDPOINT="http://127.0.0.1:1")
+    assert code == 2 and said.startswith("yfcc15m.py: data set o/none on the hub: ")
+    assert said.count("\n") == 1
 
 
-def test_a_missing_file_is_not_asked_for_twice(tmp_path):
-    with Server({}) as server:
-        with pytest.raises(FileNotFoundError, match="no such file"):
-            download(server.address + "/a.bin", tmp_path / "a.bin")
-        assert len(server.log) == 1
+# -------------------------------------------------------------------------------------- vocabulary
+
+MERGES = "#version: 0.2\na b</w>\n\u0120 c"  # U+0120 stands for the blank
 
 
-def test_a_refusal_says_what_to_do(tmp_path):
-    with Server({"/a.bin": b"abc"}, fail={"/a.bin": [403]}) as server:
-        with pytest.raises(ValueError, match="refuses .403 Forbidden.; if it wants an account"):
-            download(server.address + "/a.bin", tmp_path / "a.bin")
+@pytest.fixture
+def merges(tmp_path, monkeypatch):
+    """A merges file of two merges that passes for CLIP's."""
+    path = tmp_path / "merges.txt.gz"
+    path.write_bytes(gzip.compress(MERGES.encode()))
+    monkeypatch.setattr(prepare_vocabulary, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
 
 
-def test_another_size_than_expected_is_refused_before_any_byte_is_kept(tmp_path):
-    with Server({"/a.bin": BODY}) as server:
-        with pytest.raises(ValueError, match=f"is {len(BODY)} bytes long there, expected 5"):
-            download(server.address + "/a.bin", tmp_path / "a.bin", size=5)
-    assert list(tmp_path.iterdir()) == []
+def test_merges_of_a_file_or_an_address_become_a_vocabulary(merges, tmp_path, monkeypatch):
+    prepare_vocabulary.main([str(tmp_path / "deep" / "a.tiktoken"), f"--merges={merges}"])
+    lines = (tmp_path / "deep" / "a.tiktoken").read_text().splitlines()
+    assert lines[512:] == [f"{base64.b64encode(b'ab' + bytes(1)).decode()} 512",
+                           f"{base64.b64encode(b' c').decode()} 513"]
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen",
+                        lambda url, timeout: asked.append(url) or open(merges, "rb"))
+    assert prepare_vocabulary.read_merges(prepare_vocabulary.URL) == MERGES
+    assert asked == [prepare_vocabulary.URL]
 
 
-def test_wrong_bytes_of_the_right_size_are_removed(tmp_path):
-    with Server({"/a.bin": b"abc"}) as server:
-        with pytest.raises(ValueError, match="sha256 is ba7816bf.* expected 00"):
-            download(server.address + "/a.bin", tmp_path / "a.bin", size=3, sha256="00" * 32)
-    assert list(tmp_path.iterdir()) == []
+def test_an_address_that_fails_says_how_to_go_on():
+    with pytest.raises(ValueError, match="fetch it by other means and name it with --merges=FILE"):
+        prepare_vocabulary.read_merges("https://127.0.0.1:1/merges.gz")
 
 
-def test_a_file_already_there_with_another_size_is_not_overwritten(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="has 4 bytes, expected 5; remove it"):
-        download("http://127.0.0.1:1/a.bin", tmp_path / "a.bin", size=5)
-    assert (tmp_path / "a.bin").read_bytes() == b"mine"
+def test_a_file_of_others_where_the_target_stands_is_not_overwritten(merges):
+    before = merges.read_bytes()
+    with pytest.raises(ValueError, match="given with --merges=FILE"):
+        prepare_vocabulary.main([str(merges), f"--merges={merges}"])
+    assert merges.read_bytes() == before
 
 
-def test_a_listing_of_several_pages_is_read_to_its_end():
-    files = {f"/datasets/o/n/resolve/main/data/{i}.parquet": bytes([i]) for i in range(5)}
-    with Server(files, page=2) as server:
-        found = hub_files(server.address + "/datasets/o/n")
-    assert [file.path for file in found] == [f"data/{i}.parquet" for i in range(5)]
-    assert found[3].size == 1 and found[3].sha256 == hashlib.sha256(b"\3").hexdigest()
-    assert found[3].url.endswith("/datasets/o/n/resolve/main/data/3.parquet")
-
-
-def test_an_address_that_is_no_data_set_is_refused():
-    with pytest.raises(ValueError, match="write https://huggingface.co/datasets/OWNER/NAME"):
-        hub_files("https://huggingface.co/some/model")
+def test_a_vocabulary_that_is_there_may_be_made_again(merges, tmp_path):
+    for _ in range(2):
+        prepare_vocabulary.main([str(tmp_path / "a.tiktoken"), f"--merges={merges}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tiktoken", "merges.txt.gz"]
 
 
 # ------------------------------------------------------------------------------------------ NIGHTS
@@ -273,13 +283,22 @@ def nights_zip(path, extra=(), leave_out=(), home="nights/"):
 COUNTS = {"train": 2, "val": 1, "test": 1}
 
 
-def test_nights_is_fetched_unpacked_and_checked(tmp_path, monkeypatch):
+def test_nights_is_unpacked_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_nights, "COUNTS", COUNTS)
-    with Server({"/n.zip": nights_zip(tmp_path / "n.zip").read_bytes()}) as server:
-        prepare_nights.main([str(tmp_path / "nights"), f"--url={server.address}/n.zip"])
+    archive = nights_zip(tmp_path / "n.zip")
+    prepare_nights.main([str(tmp_path / "nights"), f"--zip={archive}"])
     picture = tmp_path / "nights" / "distort" / "000" / "003_1.png"
     assert picture.read_bytes() == b"picture distort/000/003_1.png" * 50
     assert sorted(p.name for p in (tmp_path / "nights").iterdir()) == ["data.csv", "distort", "ref"]
+    assert archive.exists() and "n.zip is unpacked and may be deleted" in capsys.readouterr().out
+
+
+def test_the_zip_in_the_folder_is_found_and_a_finished_folder_needs_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_nights, "COUNTS", COUNTS)
+    nights_zip(tmp_path / "nights.zip")
+    prepare_nights.main([str(tmp_path)])
+    (tmp_path / "nights.zip").unlink()
+    prepare_nights.main([str(tmp_path)])
 
 
 def test_a_stopped_unpacking_is_gone_on_from_and_writes_the_csv_last(tmp_path, monkeypatch):
@@ -302,10 +321,31 @@ def test_a_stopped_unpacking_is_gone_on_from_and_writes_the_csv_last(tmp_path, m
     prepare_nights.check(tmp_path / "nights", COUNTS)
 
 
-def test_a_folder_of_other_things_gets_no_download(tmp_path):
-    (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(ValueError, match="has files, but no data.csv"):
-        prepare_nights.main([str(tmp_path), "--url=http://127.0.0.1:1/n.zip"])
+def test_a_missing_zip_says_how_to_fetch_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nights.zip: no such file; `curl -C - -o .*nights.zip"):
+        prepare_nights.main([str(tmp_path / "nights")])
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    archive = nights_zip(tmp_path / "n.zip")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_nights.shutil, "copyfileobj", full_disk)
+        with pytest.raises(ValueError, match="No space left on device; the same command goes on"):
+            prepare_nights.extract(archive, tmp_path / "nights")
+    prepare_nights.extract(archive, tmp_path / "nights")
+    prepare_nights.check(tmp_path / "nights", COUNTS)
+
+
+def test_a_file_of_another_size_is_unpacked_again(tmp_path):
+    cut = tmp_path / "nights" / "ref" / "000" / "001.png"
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes(b"pict")
+    prepare_nights.extract(nights_zip(tmp_path / "n.zip"), tmp_path / "nights")
+    assert cut.read_bytes() == b"picture ref/000/001.png" * 50
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
 
 
 def link_member():
@@ -337,8 +377,9 @@ def test_a_damaged_zip_is_named(tmp_path):
     archive.write_bytes(content)
     with pytest.raises(ValueError, match="n.zip: broken"):
         prepare_nights.extract(archive, tmp_path / "nights")
+    assert not (tmp_path / "nights" / "distort" / "000" / "003_1.png").exists()
     archive.write_bytes(b"<html>busy</html>")
-    with pytest.raises(ValueError, match="n.zip: broken .*remove it and start again"):
+    with pytest.raises(ValueError, match="n.zip: broken .*remove it and fetch it again"):
         prepare_nights.extract(archive, tmp_path / "nights")
 
 
@@ -355,7 +396,8 @@ def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
     prepare_nights.extract(nights_zip(tmp_path / "n.zip", leave_out=gone), tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         prepare_nights.check(tmp_path, COUNTS)
-    assert "11 of 12 pictures missing: " + ", ".join(gone[:10]) + ", ...;" in str(error.value)
+    assert ("11 of 12 pictures missing, the first: " + ", ".join(gone[:10]) + ";"
+            in str(error.value))
 
 
 def test_other_counts_than_published_are_refused(tmp_path):
@@ -378,11 +420,11 @@ def hub_set(folder, home, name, n, classes, retrieval=False):
     samples = [(f"s{i:07d}", "png", png(i), captions if retrieval else i % classes)
                for i in range(n)]
     kind = "retrieval" if retrieval else "classification"
-    made = write_set(folder, "made", [f"c{i}" for i in range(classes)], ["a {c}."],
-                                samples, dataset_type=kind, per_shard=3)
-    files = {f"/datasets/{home}/{name}/resolve/main/{path.relative_to(made)}": path.read_bytes()
+    made = write_set(folder, "made", [f"c{i}" for i in range(classes)], ["a {c}."], samples,
+                     dataset_type=kind, per_shard=3)
+    files = {f"{home}/{name}/{path.relative_to(made)}": path.read_bytes()
              for path in Path(made).rglob("*.t*")}
-    return files | {f"/datasets/{home}/{name}/resolve/main/README.md": b"# read me"}
+    return files | {f"{home}/{name}/README.md": b"# read me"}
 
 
 def small_row(name, n, classes, retrieval=False):
@@ -400,67 +442,73 @@ def rows(monkeypatch):
     return table
 
 
-def fetch_sets(server, target, *options):
-    prepare_benchmarks.main([str(target), f"--hub={server.address}", *options])
+def fetch_sets(target, *options):
+    prepare_benchmarks.main([str(target), *options])
 
 
-def test_a_set_is_fetched_whole_and_read_by_the_evaluator(tmp_path, rows):
-    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
-        fetch_sets(server, tmp_path / "sets", "--only=tiny")
+def test_a_set_is_fetched_whole_and_read_by_the_evaluator(tmp_path, rows, serve):
+    serve(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2))
+    fetch_sets(tmp_path / "sets", "--only=tiny")
     folder = tmp_path / "sets" / "wds_tiny_test"
     assert benchmarks.BenchmarkSet(folder).labels.tolist() == [0, 1] * 4
     assert not (folder / "README.md").exists()
 
 
-def test_a_complete_set_costs_one_listing_and_no_file(tmp_path, rows):
-    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
-        fetch_sets(server, tmp_path / "sets", "--only=tiny")
-        server.log.clear()
-        fetch_sets(server, tmp_path / "sets", "--only=tiny")
-        assert [path for path, _ in server.log] == [
-            "/api/datasets/djghosh/wds_tiny_test/tree/main?recursive=true"]
+def test_a_complete_set_costs_one_listing_and_no_file(tmp_path, rows, serve):
+    server = serve(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2))
+    fetch_sets(tmp_path / "sets", "--only=tiny")
+    server.log.clear()
+    fetch_sets(tmp_path / "sets", "--only=tiny")
+    assert [path for _, path, _ in server.log] == ["/api/datasets/djghosh/wds_tiny_test"]
 
 
-def test_the_other_home_has_its_own_names_and_retrieval_sets(tmp_path, rows):
+def test_the_other_home_has_its_own_names_and_retrieval_sets(tmp_path, rows, serve):
     files = hub_set(tmp_path / "a", "clip-benchmark", "wds_other-tiny", 8, 2)
     files |= hub_set(tmp_path / "b", "clip-benchmark", "wds_other-pairs", 4, 0, retrieval=True)
-    with Server(files) as server:
-        fetch_sets(server, tmp_path / "sets", "--only=other-tiny", "--home=clip-benchmark")
-        fetch_sets(server, tmp_path / "sets", "--only=pairs")  # wherever asked, it is in that home
+    serve(files)
+    fetch_sets(tmp_path / "sets", "--only=other-tiny", "--home=clip-benchmark")
+    fetch_sets(tmp_path / "sets", "--only=pairs")  # wherever asked, it is in that home
     assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == [
         "wds_other-pairs", "wds_other-tiny"]
 
 
-def test_one_set_never_comes_from_two_homes(tmp_path, rows):
+def test_one_set_never_comes_from_two_homes(tmp_path, rows, serve):
     (tmp_path / "sets" / "wds_other-tiny").mkdir(parents=True)
-    with Server({}) as server:
-        with pytest.raises(ValueError, match="same set from the other home; move it away"):
-            fetch_sets(server, tmp_path / "sets", "--only=tiny")
+    serve({})
+    with pytest.raises(ValueError, match="same set from the other home; move it away"):
+        fetch_sets(tmp_path / "sets", "--only=tiny")
 
 
-def test_a_set_of_another_size_than_its_row_is_refused_and_the_rest_still_fetched(tmp_path, rows):
+def test_a_set_of_another_size_than_its_row_is_refused_and_the_rest_still_fetched(
+        tmp_path, rows, serve):
     files = hub_set(tmp_path / "a", "djghosh", "wds_tiny_test", 7, 2)
     files |= hub_set(tmp_path / "b", "clip-benchmark", "wds_other-pairs", 4, 0, retrieval=True)
-    with Server(files) as server:
-        with pytest.raises(ValueError, match="1 of 2 sets failed: tiny .*7 images in 2 classes, "
-                                             "but tiny has 8 in 2"):
-            fetch_sets(server, tmp_path / "sets")
+    serve(files)
+    with pytest.raises(ValueError, match="1 of 2 sets failed: tiny .*7 images in 2 classes, "
+                                         "but tiny has 8 in 2"):
+        fetch_sets(tmp_path / "sets")
     assert (tmp_path / "sets" / "wds_other-pairs" / "test" / "1.tar").exists()
 
 
-def test_the_list_says_what_is_complete_incomplete_and_absent(tmp_path, rows, capsys):
-    with Server(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2)) as server:
-        fetch_sets(server, tmp_path / "sets", "--only=tiny")
-    prepare_benchmarks.main([str(tmp_path / "sets"), "--list"])
+def test_a_set_that_the_hub_lacks_is_named(tmp_path, rows, serve):
+    serve({})
+    with pytest.raises(ValueError, match="tiny .data set djghosh/wds_tiny_test on the hub: 401"):
+        fetch_sets(tmp_path / "sets", "--only=tiny")
+
+
+def test_the_list_says_what_is_complete_incomplete_and_absent(tmp_path, rows, capsys, serve):
+    serve(hub_set(tmp_path, "djghosh", "wds_tiny_test", 8, 2))
+    fetch_sets(tmp_path / "sets", "--only=tiny")
+    prepare_benchmarks.main([str(tmp_path / "sets"), "--list=true"])
     complete = capsys.readouterr().out
     (tmp_path / "sets" / "wds_tiny_test" / "test" / "1.tar").unlink()
-    prepare_benchmarks.main([str(tmp_path / "sets"), "--list"])
+    prepare_benchmarks.main([str(tmp_path / "sets"), "--list=true"])
     assert "complete, 0 MB" in complete and "absent" in complete
     assert "INCOMPLETE" in capsys.readouterr().out
 
 
 def test_the_list_without_any_folder_shows_all_rows_of_the_paper(capsys):
-    prepare_benchmarks.main(["nowhere", "--list"])
+    prepare_benchmarks.main(["nowhere", "--list=true"])
     out = capsys.readouterr().out
     assert out.count("absent") == 32 and "vtab-clevr_closest_object_distance" in out
 
@@ -492,6 +540,72 @@ def test_a_cut_idx_file_is_named(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(content[:-1]))
     with pytest.raises(ValueError, match="11 bytes of data, its head says .3 2 2."):
         prepare_benchmarks.read_idx(tmp_path / "a.gz")
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """Class folders: cat/1.png, cat/2.bmp, grey_heron/deep/1.jpg."""
+    for i, name in enumerate(["cat/1.png", "cat/2.bmp", "grey_heron/deep/1.jpg"]):
+        path = tmp_path / "animals" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (80 * i, 0, 0)).save(path)
+    return tmp_path / "animals"
+
+
+def make_set(animals, *options):
+    """Run "folders" -> the set."""
+    prepare_benchmarks.main(["folders", str(animals), str(animals.parent / "sets"), *options])
+    found = benchmarks.find_sets(animals.parent / "sets")
+    return benchmarks.BenchmarkSet(list(found.values())[0])
+
+
+def test_class_folders_become_a_set(animals):
+    (animals.parent / "t.txt").write_text("a photo of a {c}.\n\na {c}.\n")
+    made = make_set(animals, "--name=pets", f"--templates={animals.parent / 't.txt'}")
+    assert made.name == "pets" and made.labels.tolist() == [0, 0, 1]
+    assert made.prompts()[1] == ["a photo of a grey heron.", "a grey heron."]
+    assert [made.image(i).getpixel((4, 4))[0] for i in range(2)] == [0, 80]
+
+
+def test_a_table_of_labels_becomes_a_set(animals):
+    table = animals.parent / "labels.csv"
+    table.write_text("image;label\ncat/1.png;tom\nanimals/cat/2.bmp;tom_cat\n"
+                     "grey_heron/deep/1.jpg;tom\n")
+    made = make_set(animals, f"--labels={table}")
+    assert made.name == "animals" and made.labels.tolist() == [0, 1, 0]
+    assert made.prompts() == [["a photo of a tom."], ["a photo of a tom cat."]]
+
+
+def test_numbered_labels_are_named_by_a_file(animals):
+    table, names = animals.parent / "labels.csv", animals.parent / "names.txt"
+    table.write_text("file,label\ncat/1.png,2\ncat/2.bmp,2\ngrey_heron/deep/1.jpg,0\n")
+    with pytest.raises(ValueError, match="labels are numbers .0, 2.; name them with --classnames"):
+        make_set(animals, f"--labels={table}")
+    names.write_text("heron\ndog\ncat\n")
+    made = make_set(animals, f"--labels={table}", f"--classnames={names}")
+    assert made.labels.tolist() == [2, 2, 0] and made.classnames == ["heron", "dog", "cat"]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("cat/1.png,a\ncat/2.bmp,a\n", "no label for grey_heron/deep/1.jpg .1 of such"),
+    ("cat/1.png,a\ncat/2.bmp,a\ngrey_heron/deep/1.jpg,\n", "row 4: grey_heron/deep/1.jpg has no label"),
+    ("cat/1.png,a\ncat/1.png,b\ncat/2.bmp,a\ngrey_heron/deep/1.jpg,b\n", "cat/1.png has the labels a, b"),
+    ("cat/3.png,a\n", "cat/3.png: no such picture"),
+])
+def test_a_table_that_does_not_fit_the_pictures_is_refused(animals, text, message):
+    (animals.parent / "labels.csv").write_text("file,label\n" + text)
+    with pytest.raises(ValueError, match=message):
+        make_set(animals, f"--labels={animals.parent / 'labels.csv'}")
+    assert not list(animals.parent.glob("sets/wds*"))
+
+
+def test_pictures_that_cannot_be_in_a_set_are_named(animals):
+    (animals / "cat" / "3.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="cat/3.png: unreadable .not an image"):
+        make_set(animals)
+    (animals / "cat" / "3.png").rename(animals / "3.png")
+    with pytest.raises(ValueError, match="3.png: lies in no class folder"):
+        make_set(animals)
 
 
 # ----------------------------------------------------------------------------------------- YFCC15M
@@ -556,14 +670,27 @@ def test_each_parquet_file_becomes_the_shard_of_its_name(release, tmp_path, voca
                       prepare_yfcc15m.DIFFERENT: 0}
 
 
-def test_two_processes_fetch_and_convert_what_one_converts(release, tmp_path, vocabulary):
-    head = "/datasets/o/n/resolve/main/data/"
-    files = {head + path.name: path.read_bytes() for path in release.iterdir()}
-    with Server(files | {"/datasets/o/n/resolve/main/README.md": b"#"}, page=2) as server:
-        prepare(f"{server.address}/datasets/o/n", tmp_path / "remote", vocabulary, "--workers=2")
+def test_two_processes_fetch_and_convert_what_one_converts(release, tmp_path, vocabulary, serve):
+    files = {f"o/n/data/{path.name}": path.read_bytes() for path in release.iterdir()}
+    server = serve(files | {"o/n/README.md": b"#"})
+    address = "https://huggingface.co/datasets/o/n"
+    prepare(address, tmp_path / "remote", vocabulary, "--workers=2")
     prepare(release, tmp_path / "local", vocabulary)
     assert tars(tmp_path / "remote") == tars(tmp_path / "local")
-    assert list((tmp_path / "remote" / "fetched").iterdir()) == []
+    assert not (tmp_path / "remote" / "fetched").exists() and len(server.fetched()) == 3
+    server.log.clear()
+    prepare("o/n", tmp_path / "remote", vocabulary)
+    assert [path for _, path, _ in server.log] == ["/api/datasets/o/n"]
+
+
+def test_a_file_that_the_hub_has_broken_fails_alone(release, tmp_path, vocabulary, serve):
+    files = {f"o/n/{path.name}": path.read_bytes() for path in release.iterdir()}
+    files["o/n/train-00001-of-00003.parquet"] = b"<html>"
+    serve(files)
+    with pytest.raises(ValueError, match="1 of 3 files failed, the first: train-00001"):
+        prepare("o/n", tmp_path / "out", vocabulary)
+    assert len(tars(tmp_path / "out")) == 2
+    assert not list((tmp_path / "out").rglob("*.parquet"))  # so that it is fetched anew
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(release, tmp_path, vocabulary):
@@ -664,7 +791,7 @@ def test_other_columns_are_named(tmp_path, vocabulary):
 
 
 def test_a_folder_without_parquet_files_is_named(tmp_path, vocabulary):
-    with pytest.raises(FileNotFoundError, match="no such folder, or no .parquet file in it"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         prepare(tmp_path / "nowhere", tmp_path / "out", vocabulary)
 
 

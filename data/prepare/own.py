@@ -1,25 +1,25 @@
 """Your own images and captions -> shards that pretrain.py reads.
 
-    python -m data.prepare.own IMAGES TARGET --captions=captions.csv   # columns file,caption; or .jsonl
-    python -m data.prepare.own IMAGES TARGET --captions=beside         # dog.txt describes dog.png
-    python -m data.prepare.own IMAGES TARGET --captions=names          # from the names of files, folders
+    python -m data.prepare.own IMAGES TARGET --captions=captions.csv   # columns file, caption
+    python -m data.prepare.own IMAGES TARGET --captions=beside         # dog.txt for dog.png
+    python -m data.prepare.own IMAGES TARGET --captions=names          # birds/owl_2.png
+    python -m data.prepare.own FILE.parquet TARGET                     # which holds both
 
-IMAGES is searched with its subfolders. Files in a .csv or .jsonl (one {"file": ..., "caption": ...}
-a line) are relative to IMAGES; several rows of a file, or a list in .jsonl, are several captions,
-of which training draws one. Beside a picture, the first line counts, or with --lines=all each line.
-"names" turns birds/grey_heron_02.png into "grey heron, birds".
+IMAGES is searched with its subfolders, links included. data/prepare/captions.py says what a
+table may look like; its files are relative to IMAGES, and several rows of a file are several
+captions, of which training draws one. "beside" takes the first line; with --lines=all each
+line is a caption, with --lines=one the whole file is. "names" makes "owl, birds" of
+birds/owl_2.png. Equal pictures become one pair with the captions of all.
 
-Pictures whose short side exceeds --short_side are shrunk to it and stored as JPEG; smaller JPEG,
-PNG and WebP files are stored as they are. --held_out=0.05 puts that share into TARGET/held_out,
-chosen by a hash of the file's name: it stays out however often you pack, and whatever you add.
+Pictures whose short side exceeds --short_side are shrunk to it and stored as JPEG; smaller
+JPEG, PNG and WebP files are stored as they are. --held_out=0.05 puts that share into
+TARGET/held_out, chosen by a hash of the file's name: it stays out whatever you add.
 
-TARGET gets NAME-00000.tar ... (NAME: --name, else the folder's own), so several packs can share it;
-NAME.json counts pairs and skips, NAME.skipped.tsv names each skipped file and the reason. Of equal
-files only the first is taken. Nothing appears in TARGET before everything is done. Memory: the
-captions, 100 bytes a picture, and 8 pictures a process.
+TARGET gets NAME-00000.tar ... (NAME: --name, else the folder's own), so several packs can share
+it. NAME.json counts pictures = pairs + held out + skipped by reason; NAME.skipped.tsv names
+each skipped file. Nothing appears in TARGET before everything is done. Memory: the captions and
+8 pictures a process.
 """
-import argparse
-import csv
 import glob
 import hashlib
 import io
@@ -28,20 +28,51 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from configs import load_config
 from data.images import BadImage, load_rgb, open_image
 from data.log import Progress, run_main
+from data.prepare import captions as tables
 from data.prepare.tars import in_order, write_shards
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they are
-# Column names for the picture's file and its caption: ours, then those of common data sets.
-FILE_COLUMNS = ("file", "file_name", "filepath", "image")
-CAPTION_COLUMNS = ("caption", "text", "title")
+BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # what ends a line somewhere
+
+
+@dataclass
+class Config:
+    captions: str = ""       # a table's file, "beside" or "names"
+    columns: str = ""        # FILE,CAPTION: a table's columns, where they have unusual names
+    lines: str = "first"     # of a text beside a picture: first, all (a caption each), or one
+    name: str = ""           # first part of the shards' names; default: IMAGES' name
+    held_out: float = 0.0    # share of the pairs, 0 to 1
+    short_side: int = 256    # pixels, at most
+    quality: int = 90        # of the JPEGs
+    per_shard: int = 10_000  # pairs
+    workers: int = os.cpu_count()  # processes
+
+    def check(self):
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: must be at least 0 and below 1")
+        if self.lines not in ("first", "all", "one"):
+            raise ValueError(f"lines={self.lines}: must be first, all or one")
+
+
+@dataclass
+class Found:
+    """What there is to pack, and what is to be said of it."""
+    names: list                                   # of all pictures
+    captions: dict = field(default_factory=dict)  # name -> [captions]
+    digests: dict = field(default_factory=dict)   # name -> sha256, where another can be equal
+    skipped: dict = field(default_factory=dict)   # name -> why it is not packed
+    others: list = field(default_factory=list)    # (what is no picture, why)
+    notes: Counter = field(default_factory=Counter)  # what to know -> how often
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -66,109 +97,120 @@ def shrink(data, short_side=256, quality=90):
     return "jpg", file.getvalue()
 
 
-def shrink_file(path, short_side, quality):
-    """A file -> (kind, bytes, digest of the original), or the reason why not as a str."""
+def prepare_picture(entry, short_side, quality):
+    """(name, file or its bytes) -> (name, kind, bytes), or (name, None, the reason why not)."""
+    name, source = entry
     try:
-        data = Path(path).read_bytes()
-        return *shrink(data, short_side, quality), hashlib.sha256(data).digest()
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        kind, data = shrink(data, short_side, quality)
     except BadImage as error:
-        return error.reason
+        return name, None, error.reason
     except OSError:  # a dangling link, no permission
-        return "unreadable file"
+        return name, None, "unreadable file"
+    return name, kind, data
+
+
+def find_pictures(folder):
+    """Names of all picture files below `folder`, relative and with "/", sorted.
+
+    Links to folders are followed. Also returns [(folder, why it was not entered)].
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    names, passed = [], []
+    _search(folder, "", (), names, passed)
+    if not names:
+        raise FileNotFoundError(f"{folder}: no picture in it ({', '.join(sorted(SUFFIXES))})")
+    return sorted(names), passed
+
+
+def _search(folder, place, above, names, passed):
+    """Append folder/place's pictures; above: the real paths of the folders on the way to it."""
+    real = os.path.realpath(folder / place)
+    if real in above:
+        passed.append((place, "link to a folder that it lies in"))
+        return
+    try:
+        entries = list(os.scandir(folder / place))
+    except OSError:
+        passed.append((place, "unreadable folder"))
+        return
+    for entry in entries:
+        name = f"{place}/{entry.name}" if place else entry.name
+        if entry.is_dir():
+            _search(folder, name, (*above, real), names, passed)
+        elif Path(name).suffix.lower() in SUFFIXES:
+            names.append(name)
+
+
+def find_digests(images, names):
+    """{name: sha256} of the files that can equal another: those whose size occurs again."""
+    sizes = {}
+    for name in names:
+        if (images / name).is_file() and os.access(images / name, os.R_OK):
+            sizes[name] = (images / name).stat().st_size
+    often = Counter(sizes.values())
+    digests = {}
+    for name, size in sizes.items():
+        if often[size] > 1:
+            digests[name] = hashlib.sha256((images / name).read_bytes()).digest()
+    return digests
 
 
 # ---------------------------------------------------------------------------- captions
 
-def find_pictures(folder):
-    """Paths of all picture files below `folder`, relative and with "/", sorted."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    found = []
-    for place, _, names in os.walk(folder):
-        found += [Path(place, name).relative_to(folder).as_posix() for name in names
-                  if Path(name).suffix.lower() in SUFFIXES]
-    if not found:
-        raise FileNotFoundError(f"{folder}: no picture in it ({', '.join(sorted(SUFFIXES))})")
-    return sorted(found)
-
-
-def listed_captions(file):
-    """{picture: [captions]} of a .csv or .jsonl file."""
-    rows = csv_rows(file) if file.suffix == ".csv" else json_rows(file)
-    captions = {}
-    try:
-        # rows are counted as a spreadsheet does, the header of a .csv being row 1
-        for number, row in enumerate(rows, 2 if file.suffix == ".csv" else 1):
-            name = next((row[column] for column in FILE_COLUMNS if row.get(column)), None)
-            texts = next((row[column] for column in CAPTION_COLUMNS if column in row), 0)
-            texts = texts if isinstance(texts, list) else [texts]
-            if not isinstance(name, str) or not all(isinstance(t, str | None) for t in texts):
-                raise ValueError(f"{file}, row {number}: needs a file ({', '.join(FILE_COLUMNS)}) "
-                                 f"and a caption ({', '.join(CAPTION_COLUMNS)}), both text")
-            captions.setdefault(Path(name).as_posix(), []).extend(texts)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: not readable as UTF-8 ({error})") from None
-    return captions
-
-
-def csv_rows(file):
-    """Rows of a CSV with a header as dicts; a byte-order mark is no part of the first name."""
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        yield from csv.DictReader(lines)
-
-
-def json_rows(file):
-    """Objects of a .jsonl file, one a line."""
-    with open(file, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, row {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, row {number}: not an object: {line.strip()[:40]}")
-            yield row
-
-
-def caption_beside(images, name, lines):
-    """Captions of the .txt beside a picture, or the reason why there are none as a str."""
-    try:
-        text = (images / name).with_suffix(".txt").read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return "no caption file"
-    except UnicodeDecodeError:
-        return "caption is not UTF-8"
-    return text.splitlines() if lines == "all" else text.splitlines()[:1]
-
-
-def caption_of_names(name):
-    """"animals/bugs/flying_wasp_02.png" -> "flying wasp, bugs, animals"."""
-    parts = [[word for word in re.split(r"[\W_]+", part) if word and not word.isdigit()]
-             for part in Path(name).with_suffix("").parts]  # [[word, ...] of each folder, of file]
-    return ", ".join(" ".join(words) for words in reversed(parts) if words)
-
-
-def find_captions(images, names, source, lines):
-    """-> [(picture, captions)] of what is usable, and [(file, reason)] of the rest."""
-    if source == "beside":
-        found = {name: caption_beside(images, name, lines) for name in names}
-    elif source == "names":
-        found = {name: [caption_of_names(name)] for name in names}
-    elif Path(source).suffix in (".csv", ".jsonl"):
-        listed = listed_captions(Path(source))
-        found = {name: listed.pop(name, "not in the caption file") for name in names}
-        found |= dict.fromkeys(listed, "no such picture")
+def find_in_folder(images, config):
+    """The pictures of a folder and their captions -> Found."""
+    names, passed = find_pictures(images)
+    found = Found(names, others=passed, digests=find_digests(images, names))
+    if config.captions == "beside":
+        found.captions, found.skipped, found.notes = tables.captions_beside(
+            images, names, config.lines)
+    elif config.captions == "names":
+        found.captions = {name: [tables.caption_of_names(name)] for name in names}
+    elif Path(config.captions).is_file():
+        table, found.notes = tables.read_captions(Path(config.captions), config.columns)
+        found.captions, missing = tables.match_names(table, names, images)
+        found.others += missing
+        without = [name for name in names if name not in found.captions]
+        found.skipped = dict.fromkeys(without, "not in the caption file")
     else:
-        raise ValueError(f"--captions={source}: must be FILE.csv, FILE.jsonl, beside or names")
-    usable, skipped = [], []
-    for name, captions in found.items():
-        if not isinstance(captions, str):
-            captions = [text for text in captions if text and text.strip()] or "empty caption"
-        if isinstance(captions, str):
-            skipped.append((name, captions))
-        else:
-            usable.append((name, captions))
-    return usable, skipped
+        raise FileNotFoundError(f"--captions={config.captions}: no such file; name a table of "
+                                "files and captions, or write beside or names")
+    return found
+
+
+def find_in_parquet(file, config):
+    """The pictures of a parquet file and their captions -> Found."""
+    found = Found([])
+    for name, data, captions in tables.parquet_pictures(file, config.columns):
+        found.names.append(name)
+        found.captions[name] = captions
+        found.digests[name] = hashlib.sha256(data).digest()
+    return found
+
+
+def choose_pairs(found):
+    """{name: its captions} of what can be packed, equal pictures joined; adds to `found`."""
+    pairs, first = {}, {}
+    for name in found.names:
+        if name in found.skipped:
+            continue
+        captions = [text for text in found.captions[name] if text and text.strip()]
+        if not captions:
+            found.skipped[name] = "empty caption"
+            continue
+        for text in captions:
+            if BREAKS.search(text.strip()):
+                found.notes["captions have line breaks inside: written as one line"] += 1
+        original = name
+        if name in found.digests:
+            original = first.setdefault(found.digests[name], name)
+        if original != name:
+            found.skipped[name] = "same picture again, its captions went to the first"
+        kept = pairs.setdefault(original, [])
+        kept += [text for text in captions if text not in kept]
+    return pairs
 
 
 # ---------------------------------------------------------------------------- packing
@@ -179,82 +221,100 @@ def is_held_out(name, share):
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def packed(images, pairs, args, seen, skipped):
-    """Yield write_shards' samples of [(picture, captions)]; append what is left out to skipped.
+def sources(images, pairs, table, config):
+    """Yield (name, file or its bytes) of the chosen pairs, in their order."""
+    if table:
+        for name, data, _ in tables.parquet_pictures(table, config.columns):
+            if name in pairs:
+                yield name, data
+    else:
+        for name in pairs:
+            yield name, images / name
 
-    seen: digests of the pictures so far. One that occurs again is left out, so that no held-out
-    picture is a training picture under another name.
-    """
-    line = Progress("packing", len(pairs), "pictures")
-    one = partial(shrink_file, short_side=args.short_side, quality=args.quality)
-    results = in_order(one, [images / name for name, _ in pairs], args.workers)
-    for number, ((name, captions), result) in enumerate(zip(pairs, results, strict=True)):
-        line.add()
-        if isinstance(result, str):
-            skipped.append((name, result))
+
+def samples_of(entries, pairs, config, skipped):
+    """Yield write_shards' samples of (name, file or bytes); adds what is bad to skipped."""
+    progress = Progress("packing", len(pairs), "pictures")
+    prepare = partial(prepare_picture, short_side=config.short_side, quality=config.quality)
+    for number, (name, kind, data) in enumerate(in_order(prepare, entries, config.workers)):
+        progress.add()
+        if kind is None:
+            skipped[name] = data
             continue
-        kind, data, digest = result
-        if digest in seen:
-            skipped.append((name, "same picture again"))
-            continue
-        seen.add(digest)
         readable = re.sub(r"[^A-Za-z0-9-]+", "_", str(Path(name).with_suffix("")))[-60:]
-        yield f"{number:07d}_{readable}", kind, data, captions
+        yield f"{number:07d}_{readable}", kind, data, pairs[name]
 
 
-def pack(args):
-    """Pack as the command's arguments say; returns the report: pairs, held_out, skipped counts."""
-    images, target = args.images, args.target
-    if not 0 <= args.held_out < 1:
-        raise ValueError(f"--held_out={args.held_out}: must be a share, at least 0 and below 1")
-    if any(target.glob(f"{glob.escape(args.name)}-[0-9]*.tar")):
-        raise ValueError(f"{target} has {args.name}-*.tar already; remove them or give --name")
-    pairs, skipped = find_captions(images, find_pictures(images), args.captions, args.lines)
-    draft, seen, report = target / f"{args.name}.unfinished", set(), {}
-    if draft.exists():  # of an interrupted run
-        shutil.rmtree(draft)
+def find_table(images, config):
+    """The parquet file that holds the pictures themselves, or None for a folder of pictures."""
+    table = images if images.suffix == ".parquet" else Path(config.captions)
+    if not table.is_file() or not tables.picture_column(table):
+        return None
+    if table != images:
+        names = []
+        _search(images, "", (), names, [])
+        if names:
+            raise ValueError(f"{table} holds pictures itself, {images} others: give {table} as "
+                             "IMAGES, to pack it alone")
+    return table
+
+
+def pack(images, target, config):
+    """Pack as the settings say; returns the report that NAME.json gets."""
+    name = config.name or images.resolve().name.removesuffix(".parquet")
+    if any(target.rglob(f"{glob.escape(name)}-[0-9]*.tar")):
+        raise ValueError(f"{target} has {name}-*.tar already: to add new pictures, pack them "
+                         "alone under another --name; to pack all anew, remove these")
+    table = find_table(images, config)
+    found = find_in_parquet(table, config) if table else find_in_folder(images, config)
+    pairs = choose_pairs(found)
+    draft = target / f"{name}.unfinished"
+    shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
     draft.mkdir(parents=True)
-    for part, held_out in (("", False), ("held_out", True)):
-        chosen = [pair for pair in pairs if is_held_out(pair[0], args.held_out) == held_out]
-        samples = packed(images, chosen, args, seen, skipped)
-        report[part or "pairs"] = write_shards(draft / part, samples, args.per_shard)
+    report = {"pictures": len(found.names)}
+    for part, place in (("pairs", draft), ("held_out", draft / "held_out")):
+        held = part == "held_out"
+        chosen = {picture: captions for picture, captions in pairs.items()
+                  if is_held_out(picture, config.held_out) == held}
+        entries = sources(images, chosen, table, config)
+        samples = samples_of(entries, chosen, config, found.skipped)
+        report[part] = write_shards(place, samples, config.per_shard)
     for shard in sorted(draft.rglob("*.tar")):
         place = target / shard.relative_to(draft).parent
         place.mkdir(exist_ok=True)
-        os.replace(shard, place / f"{args.name}-{shard.name}")
+        os.replace(shard, place / f"{name}-{shard.name}")
     shutil.rmtree(draft)
-    report["skipped"] = dict(Counter(reason for _, reason in skipped).most_common())
-    report["settings"] = vars(args)
-    (target / f"{args.name}.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
-    with open(target / f"{args.name}.skipped.tsv", "w", errors="surrogateescape") as file:
-        file.writelines(f"{name}\t{reason}\n" for name, reason in sorted(skipped))
+    write_report(target / name, report, found, config)
+    if not report["pairs"] and not report["held_out"]:
+        first = [*found.others, *found.skipped.items()][0]
+        raise ValueError(f"{images}: nothing could be packed ({first[0]}: {first[1]}); "
+                         f"{target}/{name}.skipped.tsv has a reason for each file")
     return report
 
 
+def write_report(path, report, found, config):
+    """Complete the report and write path.json and path.skipped.tsv."""
+    report["skipped"] = dict(Counter(found.skipped.values()).most_common())
+    kinds = [reason.partition(";")[0] for _, reason in found.others]
+    report["no pictures"] = dict(Counter(kinds))
+    report["notes"] = dict(found.notes)
+    report["settings"] = asdict(config)
+    path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    lines = [f"{name}\t{reason}\n" for name, reason in [*found.skipped.items(), *found.others]]
+    table = path.with_name(f"{path.name}.skipped.tsv")
+    table.write_text("".join(sorted(lines)), errors="surrogateescape")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.prepare.own", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="folder of pictures")
-    parser.add_argument("target", type=Path, help="folder for the shards")
-    parser.add_argument("--captions", required=True, help="FILE.csv, FILE.jsonl, beside or names")
-    parser.add_argument("--lines", choices=("first", "all"), default="first",
-                        help="of the text beside a picture: its caption, or its captions")
-    parser.add_argument("--name", help="first part of the shards' names; default: IMAGES' name")
-    parser.add_argument("--held_out", type=float, default=0.0, help="share of pairs, 0 to 1")
-    parser.add_argument("--short_side", type=int, default=256, help="pixels, at most")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
-    parser.add_argument("--per_shard", type=int, default=10_000, help="pairs")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    args = parser.parse_args(argv)
-    args.name = args.name or args.images.resolve().name
-    report = pack(args)
-    print(f"{args.target}: {report['pairs']:,} pairs and {report['held_out']:,} held out; "
-          f"{sum(report['skipped'].values()):,} files skipped")
-    for reason, count in report["skipped"].items():
-        print(f"{count:>9,}  {reason}")
-    if not report["pairs"]:
-        raise ValueError(f"{args.images}: nothing could be packed; {args.target}/{args.name}."
-                         "skipped.tsv has a reason for each file")
+    config, others = load_config(Config, globals(), argv)
+    if len(others) != 2:
+        raise ValueError("write: python -m data.prepare.own IMAGES TARGET --captions=...")
+    report = pack(Path(others[0]), Path(others[1]), config)
+    print(f"{others[1]}: of {report['pictures']:,} pictures {report['pairs']:,} are pairs, "
+          f"{report['held_out']:,} held out, {sum(report['skipped'].values()):,} skipped")
+    for kind in ("skipped", "no pictures", "notes"):
+        for reason, count in report[kind].items():
+            print(f"{count:>9,}  {reason}")
 
 
 if __name__ == "__main__":

@@ -2,31 +2,33 @@
 
     python -m data.prepare.yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
 
-SOURCE: https://huggingface.co/datasets/Kaichengalex/YFCC15M, or a folder of its .parquet files.
-TARGET gets one tar a parquet file, of the same name, with pictures at a short side of 256 (JPEG,
-quality 90) and captions as text; TARGET/done/NAME.json when the tar is complete, and report.json,
-the sum of these. A stopped run goes on at the files that are not done; its tars equal those of an
-uninterrupted run byte for byte.
+SOURCE: Kaichengalex/YFCC15M on the Hugging Face hub (or its address), or a folder of .parquet
+files. It takes `pip install huggingface_hub pyarrow`. TARGET gets one tar a parquet file, of
+the same name, with pictures at a short side of 256 (JPEG, quality 90) and captions as text;
+TARGET/done/NAME.json when the tar is complete, and report.json, the sum of these. A stopped run
+goes on at the files that are not done; its tars equal those of an uninterrupted run.
 
-Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions, each
-start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids differ
-(cut within a word, say). A file in which more than a tenth of the rows is skipped or differs fails:
-then the vocabulary or the data is not what it should be. Scratch: 0.75 GB a process while a file
-is fetched and converted, in TARGET/fetched.
+Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions,
+each start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids
+differ (cut within a word, say). A file in which more than a tenth of the rows is skipped or
+differs fails: then vocabulary or data are not what they should be. Scratch: 0.75 GB a process
+while a file is fetched and converted, in TARGET/fetched.
 """
-import argparse
 import functools
 import importlib.util
 import json
 import os
+import shutil
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from configs import load_config
 from data.images import BadImage
 from data.log import Progress, run_main
-from data.prepare.download import HubFile, check_room, download, hub_files
+from data.prepare.hub import dataset_name, fetch_file, list_files
 from data.prepare.own import shrink
 from data.prepare.tars import in_order, write_tar
 from data.text import Tokenizer
@@ -36,6 +38,13 @@ CONTEXT = 77                     # ids a caption
 MAX_BAD = 0.1                    # share of a file's rows
 EXAMPLES = 5                     # rows named for each reason in done/NAME.json
 DIFFERENT = "captions that encode differently"
+
+
+@dataclass
+class Config:
+    vocabulary: str = "data/clip.tiktoken"  # CLIP's, by data.prepare.vocabulary
+    files: int = 0                          # only the first so many, to try it out; 0: all
+    workers: int = min(8, os.cpu_count())   # processes
 
 
 class BadRow(ValueError):
@@ -55,7 +64,7 @@ def read_caption(ids, tokenizer):
     if ids[0] != tokenizer.start:
         raise BadRow("wrong first token id")
     ends = np.flatnonzero(ids == tokenizer.end)
-    end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut long captions without an end
+    end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut captions without an end
     if ids[end + 1:].any():
         raise BadRow("token ids after the end")
     words = ids[1:end].tolist()
@@ -71,31 +80,35 @@ def read_captions(ids, tokenizer, counts):
         raise BadRow("token row is not k x 77 ids")
     if None in ids:
         raise BadRow("token id missing")
-    table, captions, dropped = np.array(ids).reshape(-1, CONTEXT), [], []  # (k,77)
+    table = np.array(ids).reshape(-1, CONTEXT)                       # (k, 77)
+    captions, dropped = [], []
     for row in table[table.any(1)]:  # rows of zeros fill up where others have more captions
         try:
             text, same = read_caption(row, tokenizer)
-            captions.append(text)
-            counts["captions"] += 1
-            counts[DIFFERENT] += not same
         except BadRow as error:
             dropped.append(str(error))
+            continue
+        captions.append(text)
+        counts["captions"] += 1
+        counts[DIFFERENT] += not same
     if not captions:
         raise BadRow(dropped[0] if dropped else "empty caption")
-    counts.update(f"dropped caption: {reason}" for reason in dropped)
+    for reason in dropped:
+        counts[f"dropped caption: {reason}"] += 1
     return captions
 
 
 def read_rows(path):
-    """Yield (image bytes, list of ids) of a parquet file, a few dozen rows in memory at a time."""
+    """Yield (image bytes, list of ids) of a parquet file, with a few dozen rows in memory."""
     from pyarrow import parquet
     # Streamed: a row group can be the whole file, and then 714 MB of it took 0.97 GB, now 0.3
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         columns = {field.name: str(field.type) for field in file.schema_arrow}
         if columns.get("images") not in ("binary", "large_binary") or "texts" not in columns:
-            raise ValueError(f"columns are {columns}, must have images (binary) and texts (ids)")
+            raise ValueError(f"columns are {columns}, must be images (binary) and texts (ids)")
         for batch in file.iter_batches(batch_size=32, columns=["images", "texts"]):
-            yield from zip(batch.column("images").to_pylist(), batch.column("texts").to_pylist())
+            for row in batch.to_pylist():
+                yield row["images"], row["texts"]
 
 
 def members(rows, name, tokenizer, counts, skipped):
@@ -119,48 +132,50 @@ def members(rows, name, tokenizer, counts, skipped):
                          "vocabulary CLIP's?")
 
 
-def convert_file(source, target, vocabulary):
-    """One parquet file (Path, or HubFile to fetch first) -> target/NAME.tar and done/NAME.json.
+def convert_file(file, fetch, target, vocabulary):
+    """One parquet file -> target/NAME.tar and done/NAME.json.
 
-    Returns None, or what went wrong as a str: other files can still be converted.
+    fetch makes a local Path of `file` (find_sources). Returns None, or what went wrong as a
+    str: other files can still be converted.
     """
-    remote = isinstance(source, HubFile)
-    name, counts, skipped = name_of(source), Counter(), {}
-    path = target / "fetched" / f"{name}.parquet" if remote else source
+    name, counts, skipped, path = Path(file).stem, Counter(), {}, None
     try:
-        if remote:
-            download(source.url, path, source.size, source.sha256, progress=False)
+        path = fetch(file)
         found = members(read_rows(path), name, tokenizer_of(vocabulary), counts, skipped)
         write_tar(target / f"{name}.tar", found)
     except (ValueError, OSError) as error:  # OSError: a truncated parquet file, or a full disk
         return f"{name}: {error}"
+    finally:
+        if path and fetch is not Path:
+            path.unlink()
     counts["skipped"] = {reason: len(numbers) for reason, numbers in skipped.items()}
     counts["examples"] = {reason: numbers[:EXAMPLES] for reason, numbers in skipped.items()}
     part = target / "done" / f"{name}.part"
     part.write_text(json.dumps(counts, indent=2) + "\n")
     os.replace(part, part.with_suffix(".json"))
-    if remote:
-        path.unlink()
 
 
-def name_of(source):
-    """A source's file name without folder and suffix: its shard's name."""
-    return Path(source.path if isinstance(source, HubFile) else source).stem
+def find_sources(source, scratch):
+    """The parquet files of a folder or a data set, sorted, and what makes a local Path of one.
 
-
-def find_sources(source):
-    """The parquet files of a folder (Paths) or of an address (HubFiles), sorted by name."""
-    if "://" in source:
-        files = [file for file in hub_files(source) if file.path.endswith(".parquet")]
+    scratch: folder that fetched files go to.
+    """
+    if Path(source).is_dir():
+        files, fetch = list(Path(source).rglob("*.parquet")), Path
+    elif "://" in source or source.count("/") == 1:
+        name = dataset_name(source)
+        commit, sizes = list_files(name)
+        files = [path for path in sizes if path.endswith(".parquet")]
+        fetch = functools.partial(fetch_file, name, commit, folder=scratch, progress=False)
     else:
-        files = list(Path(source).rglob("*.parquet"))
+        raise FileNotFoundError(f"{source}: no such folder")
     if not files:
-        raise FileNotFoundError(f"{source}: no such folder, or no .parquet file in it")
-    names = Counter(map(name_of, files))
-    if (twice := names.most_common(1)[0])[1] > 1:
-        raise ValueError(f"{source}: {twice[0]}.parquet is there {twice[1]} times; shards are "
-                         "named after the files")
-    return sorted(files, key=name_of)
+        raise FileNotFoundError(f"{source}: no .parquet file in it")
+    for name, times in Counter(Path(file).stem for file in files).items():
+        if times > 1:
+            raise ValueError(f"{source}: {name}.parquet is there {times} times; shards are "
+                             "named after the files")
+    return sorted(files, key=lambda file: Path(file).stem), fetch
 
 
 def sum_up(target):
@@ -176,40 +191,38 @@ def sum_up(target):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m data.prepare.yfcc15m", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="address of the data set, or a folder of .parquet files")
-    parser.add_argument("target", type=Path, help="folder for the shards")
-    parser.add_argument("--vocabulary", required=True, help="CLIP's, by data.prepare.vocabulary")
-    parser.add_argument("--files", type=int, help="only the first so many, to try it out")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes")
-    args = parser.parse_args(argv)
+    config, others = load_config(Config, globals(), argv)
+    if len(others) != 2:
+        raise ValueError("write: python -m data.prepare.yfcc15m SOURCE TARGET [--key=value]")
     if not importlib.util.find_spec("pyarrow"):
         raise ValueError("parquet files are read by pyarrow: pip install pyarrow")
-    Tokenizer(args.vocabulary)  # a wrong path shows now, not in each process
-    sources = find_sources(args.source)[:args.files]
-    (args.target / "done").mkdir(parents=True, exist_ok=True)
-    for stale in args.target.glob("*.tar.*.tmp"):  # of a run that was killed
+    Tokenizer(config.vocabulary)  # a wrong path shows now, not in each process
+    target = Path(others[1])
+    files, fetch = find_sources(others[0], target / "fetched")
+    files = files[:config.files or None]
+    (target / "done").mkdir(parents=True, exist_ok=True)
+    for stale in target.glob("*.tar.*.tmp"):  # of a run that was killed
         stale.unlink()
-    todo = [source for source in sources
-            if not (args.target / "done" / f"{name_of(source)}.json").exists()]
-    sizes = sorted((source.size for source in todo if isinstance(source, HubFile)), reverse=True)
-    check_room(args.target, sum(sizes[:args.workers]))
+    done = {path.stem for path in (target / "done").glob("*.json")}
+    todo = [file for file in files if Path(file).stem not in done]
 
-    line, failed = Progress("files", len(sources), "files", done=len(sources) - len(todo)), []
-    convert = functools.partial(convert_file, target=args.target, vocabulary=args.vocabulary)
-    for problem in in_order(convert, todo, args.workers):
+    failed = []
+    progress = Progress("files", len(files), "files", done=len(files) - len(todo))
+    convert = functools.partial(convert_file, fetch=fetch, target=target,
+                                vocabulary=config.vocabulary)
+    for problem in in_order(convert, todo, config.workers):
         if problem:
             failed.append(problem)
             print(problem, flush=True)
-        line.add()
+        progress.add()
 
-    for key, number in sum_up(args.target).items():
+    for key, number in sum_up(target).items():
         print(f"{number:>14,}  {key}")
     print(f"The release has {ROWS:,} rows in {FILES:,} files.")
     if failed:
-        raise ValueError(f"{len(failed)} of {len(sources)} files failed, the first: {failed[0]}; "
+        raise ValueError(f"{len(failed)} of {len(files)} files failed, the first: {failed[0]}; "
                          "the same command tries them again")
+    shutil.rmtree(target / "fetched", ignore_errors=True)  # what the library noted of the files
 
 
 if __name__ == "__main__":
