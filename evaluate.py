@@ -1,22 +1,22 @@
-"""Evaluates checkpoints: zero-shot classification, retrieval, human judgements; compares runs.
+"""Evaluates checkpoints: zero-shot classification, retrieval, human judgements; compares them.
 
     python evaluate.py out/toy/ckpt.pt out/toy_pi/ckpt.pt --benchmarks=data/toy/benchmarks \\
         --nights=data/toy/nights --out=out/eval          # differences are to the first
-    python evaluate.py clip=ViT-B-32.pt --vocabulary=data/clip.tiktoken --benchmarks=data/benchmarks
-    python evaluate.py out/toy out/toy_pi ...            # folders: all milestones, scaling curves
+    python evaluate.py openai=ViT-B-32.pt --vocabulary=data/clip.tiktoken ...
+    python evaluate.py out/toy out/toy_pi ...            # folders: all milestones, and curves
     python evaluate.py out/toy_pi/ckpt.pt --query="a red circle" --images=data/toy/pairs
     torchrun --nproc_per_node=8 evaluate.py ...          # the same numbers, sooner
 
-A checkpoint is a file of this project (stage 1: 2AFC only), of OpenAI, open_clip or Hugging Face,
-random:SIZE for fresh weights, or a run's folder. Its result is called NAME where NAME=checkpoint
-is given, else like its run. Arms of several seeds: python -m data.results.
+A checkpoint is a file of this project (stage 1: 2AFC only), of OpenAI, open_clip or Hugging
+Face, random:SIZE for fresh weights, or a run's folder. NAME=checkpoint names its result, which
+else is called like the run. Several seeds of an arm: python -m data.results.
 
-Writes to --out: <run>.json with <run>.npz (per-sample hits), comparison.json, comparison.md, for
-folders scaling.json and scaling.png, for --query and --image query.png. A finished set is not
-evaluated again unless the checkpoint, the set or the precision changed.
+Writes to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for folders
+scaling.json and .png; for --query and --image query.png. A finished set is evaluated again only
+if the checkpoint, the set or the precision changed.
 
-First the evaluators, then the script that runs them. The protocol is CLIP_benchmark's.
-Letters: n samples, C classes, T prompts a class, m captions, E embedding, b a batch, S pixels.
+First the evaluators, then the script that runs them. The protocol is CLIP_benchmark's. Letters:
+n samples, C classes, T prompts a class, m captions, E embedding, b of a batch, S pixels.
 """
 import os
 import platform
@@ -41,12 +41,12 @@ from data.triplets import Triplets
 from model import CLIP, SIZES, VisionTower, load_clip, load_vision, read_checkpoint
 
 # ------------------------------------------------------------------------------ metrics
-# Embeddings are unit rows in float32 on the CPU. Ties are broken as CLIP_benchmark breaks them: top-k
-# by topk, per-class recall by argmax (the lowest label), precision by a descending sort.
+# Embeddings are unit rows in float32 on the CPU. Ties are broken as CLIP_benchmark breaks them:
+# top-k by topk, per-class recall by argmax (the lowest label), precision by a descending sort.
 
 
 def class_vectors(prompts, rows):
-    """Unit class vectors (C,E) from unit prompts (P,E); rows (C,T): the prompts of each class."""
+    """Unit class vectors (C,E) from unit prompts (P,E); rows (C,T): each class's prompts."""
     means = torch.stack([prompts[row].mean(0) for row in rows])     # (C,E)
     return F.normalize(means, dim=-1)
 
@@ -76,7 +76,7 @@ def mean_per_class_recall(right, labels):
 
 
 def rank_labels(images, classes, truth):
-    """Mean average precision of images (n,E) against class vectors (C,E); truth (n,C) of 0, 1."""
+    """Mean average precision of images (n,E) against classes (C,E); truth (n,C) of 0, 1."""
     logits = 100.0 * images @ classes.T                             # (n,C)
     truth = torch.as_tensor(truth).bool()
     precision = [average_precision(logits[:, c], truth[:, c]) for c in range(len(classes))]
@@ -84,7 +84,7 @@ def rank_labels(images, classes, truth):
 
 
 def average_precision(scores, truth):
-    """Mean of the precision at each positive; scores (n,), truth (n,) bool; 0 without positives."""
+    """Mean of the precision at each positive, 0 without any; scores (n,), truth (n,) bool."""
     truth = truth[scores.sort(descending=True, stable=True).indices].double()
     precision = truth.cumsum(0) / torch.arange(1, len(truth) + 1)   # (n,)
     return float((precision * truth).sum() / truth.sum().clamp(min=1))
@@ -114,7 +114,7 @@ def retrieve(images, captions, image_of):
 def two_afc(ref, left, right, labels):
     """Score of each triplet: 1 if the chosen side is nearer, 0.5 for a tie, 0 otherwise.
 
-    ref, left, right: (n,E) unit embeddings; labels (n,), 1 = right chosen. Returns (n,) float32.
+    ref, left, right: (n,E) unit rows; labels (n,), 1 = right chosen. Returns (n,) float32.
     The nearer side has the larger cosine, compared in float32: bfloat16 makes false ties.
     """
     ref, left, right = ref.float(), left.float(), right.float()
@@ -124,12 +124,12 @@ def two_afc(ref, left, right, labels):
 
 
 # ------------------------------------------------------------------------------ embedding passes
-# Whole batches are dealt to the ranks: a batch meets the same arithmetic at any world size, and no
-# sample is padded, dropped or counted twice.
+# Whole batches are dealt to the ranks: a batch meets the same arithmetic at any world size, and
+# no sample is padded, dropped or counted twice.
 
 
 class Pixels(Dataset):
-    """Items of `embed`: images of anything with a length and image(i) -> Pillow RGB, at size S."""
+    """Items of `embed`: anything with a length and image(i) -> Pillow RGB, at size S."""
 
     def __init__(self, pictures, size):
         self.pictures, self.size = pictures, size
@@ -157,21 +157,12 @@ def embed(encode, items, device, batch_size, workers=0, dtype="float32", ranks=N
     """
     device = torch.device(device)
     own = deal(range(len(items)), batch_size, ranks)
-    loader = DataLoader(items, batch_sampler=own, num_workers=workers, pin_memory=device.type == "cuda",
-                        collate_fn=torch.as_tensor,  # the items' batch as it is
+    loader = DataLoader(items, batch_sampler=own, num_workers=workers,
+                        pin_memory=device.type == "cuda",
+                        collate_fn=torch.as_tensor,   # the items' batch as it is
                         generator=torch.Generator())  # else it draws from a trainer's
-    progress = Progress(label, sum(map(len, own)), "images")
-    parts, error = [], None
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-            for pixels in loader:  # within one autocast, which converts the weights once
-                images = normalise(pixels.to(device, non_blocking=True))  # (b,3,S,S) float32
-                parts.append(encode(images).float().cpu())          # (b,E)
-                if label:
-                    progress.add(len(pixels))
-    except ValueError as failure:  # from a worker it comes with its traceback
-        error = str(failure).strip().splitlines()[-1].removeprefix("ValueError: ")
-    return torch.cat(gather(parts, error, ranks))
+    batches = (normalise(pixels.to(device, non_blocking=True)) for pixels in loader)
+    return torch.cat(run_batches(encode, batches, own, device, dtype, ranks, label, "images"))
 
 
 def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="float32",
@@ -184,16 +175,10 @@ def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="f
     device = torch.device(device)
     new = sorted(set(texts) - cache.keys(), key=lambda text: (len(text), text))
     own = deal(new, batch_size, ranks)
-    progress = Progress(label, sum(map(len, own)), "texts")
-    parts = []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-        for batch in own:
-            tokens = tokenizer(batch, clip.config.context_length)   # (b,L) int64
-            parts.append(clip.encode_text(tokens).float().cpu())    # (b,E)
-            if label:
-                progress.add(len(batch))
-    for start, rows in zip(range(0, len(new), batch_size), gather(parts, None, ranks)):
-        cache.update(zip(new[start:start + batch_size], rows))
+    batches = (tokenizer(batch, clip.config.context_length) for batch in own)  # (b,L) int64
+    parts = run_batches(clip.encode_text, batches, own, device, dtype, ranks, label, "texts")
+    for batch, rows in zip(deal(new, batch_size, None), parts):
+        cache.update(zip(batch, rows))
     return torch.stack([cache[text] for text in texts])             # (len(texts),E)
 
 
@@ -203,8 +188,21 @@ def deal(items, batch_size, ranks):
     return batches[ranks.rank::ranks.world] if ranks else batches
 
 
-def gather(parts, error, ranks):
-    """All ranks' batches in their order; an error of any rank is raised on every rank."""
+def run_batches(encode, batches, own, device, dtype, ranks, label, unit):
+    """[encode(batch) (b,E), ...] of all ranks, in order; an error of one is raised on each.
+
+    batches: iterable of this rank's inputs; own: what `deal` gave it, as the inputs' lengths.
+    """
+    progress = Progress(label, sum(map(len, own)), unit)
+    parts, error = [], None
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
+            for batch in batches:  # within one autocast, which converts the weights once
+                parts.append(encode(batch).float().cpu())           # (b,E)
+                if label:
+                    progress.add(len(own[len(parts) - 1]))
+    except ValueError as failure:  # from a worker it comes with its traceback
+        error = str(failure).strip().splitlines()[-1].removeprefix("ValueError: ")
     everyone = ranks.collect((parts, error)) if ranks else [(parts, error)]
     for _, message in everyone:
         if message is not None:
@@ -216,7 +214,7 @@ def gather(parts, error, ranks):
 def embed_triplets(encode, triplets, size, device, batch_size=256, **how):
     """Unit embeddings of a split: ref, left, right, each (n,E) float32 on the CPU.
 
-    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size.  batch_size: triplets at once.
+    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size.  batch_size: of triplets.
     how: workers, dtype, ranks and label, as `embed` has them.
     """
     rows = embed(encode, TripletPixels(triplets, size), device, batch_size, **how)  # (3n,E)
@@ -230,8 +228,8 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=Non
     """Zero-shot metrics of one CLIP on one set, in one pass over its images.
 
     clip: encode_image (b,3,S,S) -> (b,E) unit, encode_text (b,L) -> (b,E) unit, .config and
-    .logit_scale, whose device is used.  folder: path or BenchmarkSet.  prompts: embed_texts' cache,
-    to share between sets.  how: dtype, ranks and label of both passes, as `embed` has them.
+    .logit_scale, whose device is used.  folder: path or BenchmarkSet.  prompts: embed_texts'
+    cache, to share between sets.  how: dtype, ranks and label, as `embed` has them.
     Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, what
     BenchmarkSet.about() says of the set, seconds, and hits {metric: (n,) or (m,)}.
     """
@@ -272,8 +270,8 @@ def evaluate_triplets(encode, triplets, size, device, batch_size=256, **how):
             tasks[name] = {
                 "metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
                 "family": "nights", "part_of": None if name == "nights" else "nights",
-                "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0, "captions": 0,
-                "samples_sha256": triplets.fingerprint,
+                "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
+                "captions": 0, "samples_sha256": triplets.fingerprint,
                 "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
     return tasks
 
@@ -283,15 +281,15 @@ def evaluate_triplets(encode, triplets, size, device, batch_size=256, **how):
 
 @dataclass
 class Config:
-    benchmarks: str = ""   # folder of sets wds_<name>_test (data.prepare.toy, data.prepare.benchmarks)
+    benchmarks: str = ""   # folder of sets wds_<name>_test (data.prepare.benchmarks, or toy)
     nights: str = ""       # NIGHTS' folder or a CSV of judgements; its test split gives 2AFC
     out: str = "out/eval"  # where results go, and are found again
-    list: str = "code"     # the paper's rows: "code" as its group ran them, or "plan", a later one
+    list: str = "code"     # the paper's rows: "code", as its group ran them, or "plan", later
     partial: bool = False  # take rows with other than their published sizes; recorded
     batch_size: int = 256  # images at a time
     workers: int = 2       # processes that decode images; 0: this one
     dtype: str = "float32"         # or "bfloat16": faster, other decimals; recorded
-    vocabulary: str = ""           # .tiktoken file for weights that bring none (all foreign ones)
+    vocabulary: str = ""           # .tiktoken file for weights that bring none, as foreign ones
     quick_gelu: bool | None = None  # activation of foreign weights; None: as their format tells
     seed: int = 0          # of random:SIZE
     images: str = ""       # a folder of pairs to look at with --query or --image
@@ -312,9 +310,9 @@ class Config:
 
 
 def read_arguments(arguments):
-    """[NAME=]checkpoint or [NAME=]folder -> {run: {result's name: checkpoint}}, by samples.
+    """[NAME=]checkpoint, [NAME=]folder ... -> {run: {result's name: checkpoint}}, by samples.
 
-    A run's last result has the run's name, a milestone before it is called NAME@SAMPLES.
+    A run's last result is called like it, a milestone before it NAME@SAMPLES.
     """
     runs, taken = {}, ["comparison", "scaling"]  # our other files in --out
     for argument in arguments:
@@ -325,25 +323,20 @@ def read_arguments(arguments):
         runs[name] = milestones(name, path)
         for result in runs[name]:
             if result in taken:
-                raise ValueError(f"{argument}: a result is called {result} already; give another "
-                                 "name by NAME=checkpoint")
+                raise ValueError(f"{argument}: a result is called {result} already; give "
+                                 "another name by NAME=checkpoint")
             taken.append(result)
     return runs
 
 
 def run_name(path):
-    """out/toy, out/toy/ckpt.pt -> toy; out/toy/samples_000000064000.pt -> toy@64000;
-    out/nights/best.pt -> nights-best; weights/ViT-B-32.pt -> ViT-B-32; random:toy -> random-toy."""
+    """out/toy, out/toy/ckpt.pt -> toy; out/toy/best.pt -> toy-best; ViT-B-32.pt -> ViT-B-32;
+    out/toy/samples_000000064000.pt -> toy@64000; random:toy -> random-toy."""
     file = Path(os.path.abspath(path))
-    folder = file.parent.name
-    if re.fullmatch(r"samples_\d+", file.stem):
-        return f"{folder}@{samples_of(file)}"
-    names = {"ckpt.pt": folder, "best.pt": f"{folder}-best"}
-    return names.get(file.name, file.name.removesuffix(".pt")).replace(":", "-")
-
-
-def samples_of(milestone):
-    return int(milestone.stem.removeprefix("samples_"))
+    ours = re.fullmatch(r"(ckpt|best|samples_0*(\d+))\.pt", file.name)
+    if ours is None:
+        return file.name.removesuffix(".pt").replace(":", "-")
+    return file.parent.name + {"ckpt": "", "best": "-best"}.get(ours[1], f"@{ours[2]}")
 
 
 def milestones(name, path):
@@ -357,15 +350,17 @@ def milestones(name, path):
         raise ValueError(f"{path}: is no checkpoint; python -m data.results compares results")
     if not os.path.isfile(last):
         return {name: path}  # also a folder as Hugging Face has them
-    end = read_checkpoint(last)["samples"]
-    files = {samples_of(file): str(file) for file in Path(path).glob("samples_*.pt")}
-    files.pop(end, None)  # the newest is often a milestone as well
-    return {f"{name}@{samples}": files[samples] for samples in sorted(files)} | {name: last}
+    end, found = read_checkpoint(last)["samples"], {}
+    for file in sorted(Path(path).glob("samples_[0-9]*.pt")):  # 12 digits: in order of samples
+        samples = int(file.stem.removeprefix("samples_"))
+        if samples != end:  # the newest is often a milestone as well
+            found[f"{name}@{samples}"] = str(file)
+    return found | {name: last}
 
 
 @dataclass
 class Model:
-    """A checkpoint made ready. Stage 1 (and random:SIZE without a vocabulary): no clip, no text."""
+    """A checkpoint made ready. No clip: stage 1, and random:SIZE without a vocabulary."""
     vision: VisionTower
     clip: CLIP | None
     tokenizer: Tokenizer | None
@@ -378,10 +373,7 @@ class Model:
         return F.normalize(embed(self.vision, items, self.device, batch_size=64), dim=-1)
 
     def embed_texts(self, texts):
-        """Unit embeddings (len(texts),E) of texts; ValueError for a model without a text side."""
-        if self.tokenizer is None:
-            raise ValueError(f"{self.about['checkpoint']}: has no text side (stage 1), or brings no "
-                             "vocabulary; use --image=FILE, or give --vocabulary=FILE")
+        """Unit embeddings (len(texts),E); only with a tokenizer."""
         return embed_texts(self.clip, self.tokenizer, texts, {}, self.device)
 
 
@@ -395,15 +387,22 @@ def open_model(path, config, device):
     else:
         module = load_clip(path, quick_gelu=config.quick_gelu)
     module.to(device).eval()
-    clip = module if isinstance(module, CLIP) else None
-    vision = clip.vision if clip else module
-    about = {"checkpoint": path, "step": module.info["step"], "samples": module.info["samples"],
+    vision, clip, tokenizer = module, None, None
+    if isinstance(module, CLIP):
+        vision, clip = module.vision, module
+        vocabulary = clip.vocabulary or config.vocabulary
+        tokenizer = Tokenizer(vocabulary) if vocabulary else None
+    if tokenizer and tokenizer.size != clip.config.vocab_size:
+        raise ValueError(f"{path}: has {clip.config.vocab_size} tokens, the vocabulary "
+                         f"{tokenizer.size}; give its own by --vocabulary=FILE")
+    info, warmup_steps = module.info, settings.get("warmup_steps", 0)
+    about = {"checkpoint": path, "step": info["step"], "samples": info["samples"],
              "seed": settings.get("seed"),
-             "warmup_samples": settings.get("warmup_steps", 0) * settings.get("batch_size", 0),
-             "sha256": module.info["sha256"], "kind": "clip" if clip else "vision",
-             "source": module.info["format"], "device": str(device), "precision": config.dtype,
+             "warmup_samples": warmup_steps * settings.get("batch_size", 0),
+             "sha256": info["sha256"], "kind": "clip" if clip else "vision",
+             "source": info["format"], "device": str(device), "precision": config.dtype,
              "quick_gelu": vision.config.quick_gelu}
-    return Model(vision, clip, open_vocabulary(path, clip, config), device, about)
+    return Model(vision, clip, tokenizer, device, about)
 
 
 def own_settings(path):
@@ -423,34 +422,9 @@ def draw_weights(path, config):
         module = CLIP(replace(size, vocab_size=Tokenizer(config.vocabulary).size))
     else:
         module = VisionTower(size)
-    module.info = {"sha256": f"{path}:{config.seed}", "format": "random", "step": 0, "samples": 0}
+    module.info = {"sha256": f"{path}:{config.seed}", "format": "random", "step": 0,
+                   "samples": 0}
     return module
-
-
-def open_vocabulary(path, clip, config):
-    """The checkpoint's own vocabulary, or --vocabulary; None where there is neither, or no text."""
-    text = (clip.vocabulary or config.vocabulary) if clip else None
-    if not text:
-        return None
-    tokenizer = Tokenizer(text)
-    if tokenizer.size != clip.config.vocab_size:
-        raise ValueError(f"{path}: has {clip.config.vocab_size} tokens, the vocabulary "
-                         f"{tokenizer.size}; give its own by --vocabulary=FILE")
-    return tokenizer
-
-
-def find_jobs(config):
-    """{name: BenchmarkSet or Triplets}, all read and checked before a model runs."""
-    jobs = {}
-    if config.benchmarks:
-        for name, folder in find_sets(config.benchmarks).items():
-            jobs[name] = BenchmarkSet(folder)
-            difference = unlike_row(jobs[name])
-            if difference and not config.partial:
-                raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
-    if config.nights:
-        jobs["nights"] = Triplets(config.nights, "test")
-    return jobs
 
 
 def jobs_for(model, jobs):
@@ -466,8 +440,9 @@ def jobs_for(model, jobs):
 
 
 def evaluate_checkpoint(name, path, jobs, config, ranks, device):
-    """Evaluate what is not in its result file yet; returns (result, hits). Writes set by set."""
-    start, prompts, model = time.time(), {}, open_model(path, config, device)
+    """Evaluate what its result file lacks, and write set by set; returns (result, hits)."""
+    start, prompts = time.time(), {}
+    model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
     result, hits = begin_result(name, model, config)
     done = [key for key, job in jobs.items() if is_done(result["tasks"].get(key), job)]
@@ -475,8 +450,9 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     for key, job in jobs.items():
         if key in done:
             continue
+        label = f"{name}: {key}"
         how = {"batch_size": config.batch_size, "workers": config.workers, "dtype": config.dtype,
-               "ranks": ranks, "label": f"{name}: {key}" if ranks.rank == 0 else ""}
+               "ranks": ranks, "label": label if ranks.rank == 0 else ""}
         if isinstance(job, Triplets):
             size = model.vision.config.image_size
             tasks = evaluate_triplets(model.vision, job, size, device, **how)
@@ -487,16 +463,18 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
             result["tasks"][task_name] = task
         if ranks.rank == 0:
             keep_result(result, hits, config)
-            print(describe(f"{name}: {key}", tasks[key]), flush=True)
+            figures = [f"{metric} {100 * value:.1f}" for metric, value
+                       in tasks[key]["metrics"].items() if value is not None]
+            print(f"{label}: {', '.join(figures)} of {tasks[key]['n']:,}, "
+                  f"{tasks[key]['seconds']:.1f} s", flush=True)
     if ranks.rank == 0:
         keep_result(result, hits, config)
-        print(f"{name}: {len(jobs)} sets, {len(done)} of them from before, "
-              f"{time.time() - start:.1f} s", flush=True)
+        print(f"{name}: {len(jobs)} sets, {len(done)} from before, {time.time() - start:.1f} s")
     return result, hits
 
 
 def begin_result(name, model, config):
-    """The run's earlier result if it is of the same weights and precision, else an empty one."""
+    """The earlier result if it is of the same weights and precision, else an empty one."""
     from data import results  # here and below, so that the trainers do not import it with us
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "pillow": PIL.__version__}
@@ -519,15 +497,11 @@ def keep_result(result, hits, config):
 
 def is_done(task, job):
     """Whether an earlier task was measured on the set or triplets as they are now."""
-    now = job.fingerprints if isinstance(job, BenchmarkSet) else {"samples_sha256": job.fingerprint}
+    if isinstance(job, Triplets):
+        now = {"samples_sha256": job.fingerprint}
+    else:
+        now = job.fingerprints
     return task is not None and now.items() <= task.items()
-
-
-def describe(label, task):
-    """One line of a finished set: every metric in %."""
-    figures = [f"{metric} {100 * value:.1f}" for metric, value in task["metrics"].items()
-               if value is not None]
-    return f"{label}: {'  '.join(figures)}  (n {task['n']:,}, {task['seconds']:.1f} s)"
 
 
 def main(argv=None):
@@ -537,32 +511,39 @@ def main(argv=None):
     if not arguments:
         raise ValueError("which checkpoints? For example: python evaluate.py out/toy/ckpt.pt "
                          "--benchmarks=data/toy/benchmarks (--help says more)")
-    runs = read_arguments(arguments)
-    jobs = find_jobs(config)
+    runs, paths, jobs = read_arguments(arguments), {}, {}
+    for checkpoints in runs.values():
+        paths |= checkpoints  # {result's name: checkpoint}
+    if config.benchmarks:
+        for name, folder in find_sets(config.benchmarks).items():
+            jobs[name] = BenchmarkSet(folder)
+            difference = unlike_row(jobs[name])
+            if difference and not config.partial:
+                raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
+    if config.nights:
+        jobs["nights"] = Triplets(config.nights, "test")
     if not (jobs or config.images):
         raise ValueError("nothing to do; give --benchmarks, --nights or --images")
     os.makedirs(config.out, exist_ok=True)
     ranks = Ranks()
     device = ranks.start()
-    paths = {}
-    for checkpoints in runs.values():
-        paths |= checkpoints
 
     # ---- look
     if config.images and ranks.rank == 0:
         from data import look
         look.look(paths, lambda path: open_model(path, config, device), config)
 
-    # ---- evaluate
+    # ---- evaluate and compare
     if jobs:
-        found = {name: evaluate_checkpoint(name, path, jobs, config, ranks, device)
-                 for name, path in paths.items()}
+        found = {}
+        for name, path in paths.items():
+            found[name] = evaluate_checkpoint(name, path, jobs, config, ranks, device)
         if ranks.rank == 0:
             report(runs, found, config)
 
 
 def report(runs, found, config):
-    """Write and print the comparison of the newest checkpoints, and the curves of milestones."""
+    """Write and print the comparison of the runs' ends, and the curves of milestones."""
     from data import results
     rows = LISTS[config.list]
     comparison = results.compare([{"name": run, "runs": [found[run]]} for run in runs], rows)
@@ -570,19 +551,18 @@ def report(runs, found, config):
     results.write_json(os.path.join(config.out, "comparison.json"), comparison)
     results.write_text(os.path.join(config.out, "comparison.md"), text)
     print("\n" + text)
-    if config.benchmarks and not comparison["list"]:
-        print(f"None of the {len(rows)} sets of the paper's list is in {config.benchmarks}.")
-    if len(found) > len(runs):
-        arms = []
-        for run, checkpoints in runs.items():
-            arms.append({"name": run, "seeds": [[found[result] for result in checkpoints]]})
-        scaling = results.scaling(arms)
-        results.write_json(os.path.join(config.out, "scaling.json"), scaling)
-        print(results.scaling_markdown(scaling))
-        try:
-            results.draw_scaling(scaling, os.path.join(config.out, "scaling.png"))
-        except ImportError:
-            print("no scaling.png: it needs matplotlib (pip install matplotlib)")
+    if len(found) == len(runs):
+        return
+    arms = []
+    for run, checkpoints in runs.items():
+        arms.append({"name": run, "seeds": [[found[result] for result in checkpoints]]})
+    scaling = results.scaling(arms)
+    results.write_json(os.path.join(config.out, "scaling.json"), scaling)
+    print(results.scaling_markdown(scaling))
+    try:
+        results.draw_scaling(scaling, os.path.join(config.out, "scaling.png"))
+    except ImportError:
+        print("no scaling.png: it needs matplotlib (pip install matplotlib)")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ A set is a folder wds_<name>_test, or wds_<name>, with
     family.txt                               optional: the family it is averaged in
     test/nshards.txt, test/0.tar, 1.tar ...  the samples
 
-The two public homes, huggingface.co/djghosh and huggingface.co/clip-benchmark, have this layout,
-and `data.prepare.tars.write_set` writes it. An evaluation is never quietly smaller: whatever is
-missing or unreadable is an error that names it. Letters: n samples, C classes, m captions.
+The two public homes, huggingface.co/djghosh and huggingface.co/clip-benchmark, have this
+layout, and `data.prepare.tars.write_set` writes it. An evaluation is never quietly smaller:
+whatever is missing or unreadable is an error that names it. Letters: n samples, C classes, m
+captions.
 """
 import csv
 import hashlib
@@ -38,8 +39,8 @@ class Row(typing.NamedTuple):
     classes: int     # 0: retrieval
     main: str        # the metric that stands for the row in family means
     templates: int   # clip-benchmark has 6 for SVHN, and its published figures are with those
-    published: tuple  # OpenAI ViT-B/32 in %: acc1, acc5; retrieval: text to image @1 @5, back @1 @5
-    lists: tuple = ()  # which of the paper's two lists of 29 have it; both have the retrieval sets
+    published: tuple  # OpenAI ViT-B/32, %: acc1, acc5; to image @1 @5 and to text @1 @5
+    lists: tuple = ()  # which of the two lists of LISTS have it
 
 
 def read_rows(path):
@@ -57,7 +58,7 @@ def read_rows(path):
 
 _TABLE = read_rows(Path(__file__).with_suffix(".csv"))
 ROWS = tuple(row for row in _TABLE if row.n > 0)  # all but Birdsnap, which neither home has
-# Two lists of 29 exist for this paper: its group's script ran "code", a later plan names "plan".
+# This paper has two lists of 29: its group's script ran "code", a later plan names "plan".
 LISTS = {name: tuple(row for row in _TABLE if name in row.lists) for name in ("code", "plan")}
 ROW_OF = {name: row for row in _TABLE for name in row.sets}
 MAIN = {"classification": "acc1", "multilabel": "mean_average_precision",
@@ -77,8 +78,8 @@ def find_sets(folder):
     a missing or empty folder and ValueError where two folders are the same set.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"benchmarks={folder}: no such folder; python -m data.prepare.toy "
-                                "draws one, python -m data.prepare.benchmarks fetches the real sets")
+        raise FileNotFoundError(f"benchmarks={folder}: no such folder; data.prepare.toy draws "
+                                "one, data.prepare.benchmarks fetches the real sets")
     found = {}
     for entry in sorted(os.listdir(folder)):
         path, name = os.path.join(folder, entry), set_name(entry)
@@ -87,8 +88,8 @@ def find_sets(folder):
         if name in ROW_OF:
             name = ROW_OF[name].sets[0]
         if name in found:  # the two homes differ in prompts (SVHN), so no silent choice
-            raise ValueError(f"{folder}: {os.path.basename(found[name])} and {entry} are the same "
-                             "set; move one of them away")
+            raise ValueError(f"{folder}: {os.path.basename(found[name])} and {entry} are the "
+                             "same set; move one of them away")
         found[name] = path
     if not found:
         raise FileNotFoundError(f"benchmarks={folder}: holds no folder wds_<name>_test")
@@ -96,7 +97,7 @@ def find_sets(folder):
 
 
 def unlike_row(benchmark):
-    """What differs from the row that a BenchmarkSet is named for, as a sentence; "" if nothing."""
+    """How a BenchmarkSet differs from the row of its name, as a sentence; "" if it does not."""
     row = ROW_OF.get(benchmark.name)
     n, classes = len(benchmark), len(benchmark.classnames)
     if row not in ROWS or (n, classes) == (row.n, row.classes):
@@ -172,7 +173,7 @@ class BenchmarkSet:
                 "partial": bool(unlike_row(self)), **self.fingerprints}
 
     def _index(self):
-        """Note each sample's label and where its image lies; sha256 of names, sizes and labels."""
+        """Note labels, and where images lie; the sha256 of names, sizes and labels."""
         self._places, self.captions, labels = [], [], []
         digest = hashlib.sha256()
         for path in self._shards():
@@ -198,8 +199,8 @@ class BenchmarkSet:
         """The image and the label among a sample's files."""
         images = [parts[extension] for extension in _IMAGE_TYPES if extension in parts]
         if len(images) != 1:
-            raise ValueError(f"{path}: {key} has {len(images)} images ({', '.join(parts)}), must "
-                             f"have one of {', '.join(_IMAGE_TYPES)}")
+            raise ValueError(f"{path}: {key} has {len(images)} images ({', '.join(parts)}), "
+                             f"must have one of {', '.join(_IMAGE_TYPES)}")
         kind = _LABEL_TYPE[self.type]
         if kind not in parts:
             raise ValueError(f"{path}: {key}.{kind} is missing (only {', '.join(parts)})")
@@ -216,7 +217,8 @@ class BenchmarkSet:
         if self.type == "multilabel":
             vector = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
             if vector.shape != (classes,) or not np.isin(vector, (0, 1)).all():
-                raise ValueError(f"must be {classes} values of 0 or 1, as classnames.txt has lines")
+                raise ValueError(f"must be {classes} values of 0 or 1, a line of "
+                                 "classnames.txt each")
             return vector
         text = content.decode("ascii").strip()
         if not text.isdecimal():
@@ -299,7 +301,8 @@ def read_files(path):
             if any(end) or len(end) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError
     except (tarfile.TarError, ValueError, OverflowError):  # the latter by damaged numbers
-        raise ValueError(f"{path}: broken shard, cut or damaged after {name}; fetch it again") from None
+        raise ValueError(f"{path}: broken shard, cut or damaged after {name}; "
+                         "fetch it again") from None
 
 
 def _sha256(lines):

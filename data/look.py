@@ -65,6 +65,9 @@ def look(paths, open_model, config):
     for name, path in paths.items():
         model = open_model(path)
         if config.query:
+            if model.tokenizer is None:
+                raise ValueError(f"{path}: has no text side (stage 1), or brings no vocabulary; "
+                                 "use --image=FILE, or give --vocabulary=FILE")
             text = model.embed_texts([config.query])[0]                 # (E,)
             rows.append((f"{name}: images", model.embed_images(pool) @ text))
         if asked:
@@ -75,7 +78,7 @@ def look(paths, open_model, config):
 
 
 def nearest_to_image(name, model, asked, pool):
-    """[(label, similarities (n,))]: of the pool's images and, with a text side, its captions."""
+    """[(label, similarities (n,))]: of the pool's images and, if it has text, its captions."""
     query = model.embed_images(Pool([asked], [""]))[0]                  # (E,)
     rows = [(f"{name}: images", model.embed_images(pool) @ query)]
     if model.tokenizer:

@@ -5,9 +5,11 @@ letter has the code v point the same way, whatever else they hold.
 """
 import base64
 import dataclasses
+import hashlib
 import io
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -135,6 +137,26 @@ def test_the_same_samples_have_the_same_fingerprints_and_other_names_do_not(tmp_
     other = BenchmarkSet(put(tmp_path / "3", classnames="abd")).fingerprints
     assert first == again
     assert [key for key in first if first[key] != other[key]] == ["classnames_sha256"]
+
+
+def test_the_samples_fingerprint_is_of_names_sizes_and_labels(tmp_path):
+    content = "".join(f"s{i:07d}.png {len(png(ord(c)))} {i % 3}" for i, c in enumerate("abcabc"))
+    expected = hashlib.sha256(content.encode()).hexdigest()
+    assert BenchmarkSet(put(tmp_path)).fingerprints["samples_sha256"] == expected
+
+
+def test_folders_upper_case_and_odd_names_in_a_shard_change_nothing(tmp_path):
+    folder = put(tmp_path, "a", [0])
+    with tarfile.open(shard_of(folder), "w", encoding="latin-1") as tar:
+        entry = tarfile.TarInfo("test")
+        entry.type = tarfile.DIRTYPE
+        tar.addfile(entry)
+        for name, content in (("test/caf\xe9.PNG", png(98)), ("test/caf\xe9.CLS", b"1")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    found = BenchmarkSet(folder)
+    assert found.labels.tolist() == [1] and found.image(0).getpixel((0, 0))[0] == 98
 
 
 def test_an_interrupted_write_leaves_no_set(tmp_path):
@@ -385,6 +407,30 @@ def test_bfloat16_is_another_arithmetic_with_unit_float32_embeddings(tmp_path):
     assert both[1].dtype == torch.float32 and not torch.equal(*both)
     assert torch.allclose(both[1].norm(dim=1), torch.ones(2), atol=1e-6)
     assert (both[0] * both[1]).sum(1).min() > 0.99  # bfloat16 keeps 8 bits
+
+
+def test_a_pass_draws_nothing_from_the_generator_of_the_run(tmp_path):
+    folder = put(tmp_path)
+    torch.manual_seed(0)
+    evaluate_set(PlantedCLIP(), TOKENIZER, folder)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_progress_counts_all_images_and_all_texts(tmp_path, monkeypatch):
+    passes = []
+
+    class Count:
+        def __init__(self, label, total, unit):
+            self.unit, self.total, self.done = unit, total, 0
+            passes.append(self)
+
+        def add(self, amount):
+            self.done += amount
+    monkeypatch.setattr(evaluate, "Progress", Count)
+    evaluate_set(PlantedCLIP(), TOKENIZER, put(tmp_path), batch_size=4, label="planted")
+    assert [(p.unit, p.done, p.total) for p in passes] == [("texts", 3, 3), ("images", 6, 6)]
 
 
 def test_ties_count_half_in_2afc(tmp_path):

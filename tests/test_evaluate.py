@@ -170,6 +170,12 @@ def test_a_result_file_says_what_was_measured_on_what(world):
     assert result["tasks"]["nights-imagenet"]["n"] == 4
 
 
+def test_a_result_knows_the_seed_and_the_warm_up_of_its_run(world):
+    draw_checkpoint(world / "seventh" / "ckpt.pt", seed=7)
+    result = read(run(world, world / "seventh" / "ckpt.pt") / "seventh.json")
+    assert (result["seed"], result["warmup_samples"]) == (7, 100)
+
+
 def test_the_other_list_misses_what_neither_home_has(world):
     result = read(run(world, world / "base" / "ckpt.pt", list="plan") / "base.json")
     assert result["list"] == "plan" and {"sun397", "birdsnap"} <= set(result["missing"])
@@ -444,6 +450,15 @@ def test_the_nearest_image_to_an_image_of_the_folder_is_itself(world):
     pool = look.read_pool(world / "pairs", 20)
     (label, similar), = look.nearest_to_image("stage1", model, pool.image(3), pool)
     assert similar.argmax() == 3 and similar[3] == pytest.approx(1, abs=1e-5)
+
+
+def test_unreadable_pairs_are_left_out_and_counted(tmp_path, capsys):
+    good = list(pictures(3, 4))
+    write_shards(tmp_path, [("0", "png", good[0], ["a"]), ("1", "png", b"<html>", ["b"]),
+                            ("2", "png", good[1], ["c", "d"]), ("3", "png", good[2], ["e"])])
+    pool = look.read_pool(tmp_path, 3)
+    assert pool.captions == ["a", "c"] and len(pool) == 2
+    assert "searching 2 images of 4, 1 unreadable ones left out" in capsys.readouterr().out
 
 
 def test_stage_1_answers_an_image_and_refuses_a_text(world):
