@@ -207,7 +207,8 @@ def run_batches(encode, batches, own, device, dtype, ranks, label, unit):
     for _, message in everyone:
         if message is not None:
             raise ValueError(message)
-    count, world = sum(len(parts) for parts, _ in everyone), len(everyone)
+    count = sum(len(parts) for parts, _ in everyone)
+    world = len(everyone)
     return [everyone[i % world][0][i // world] for i in range(count)]
 
 
@@ -233,7 +234,8 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=Non
     Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, what
     BenchmarkSet.about() says of the set, seconds, and hits {metric: (n,) or (m,)}.
     """
-    start, device = time.time(), clip.logit_scale.device
+    start = time.time()
+    device = clip.logit_scale.device
     benchmark = folder if isinstance(folder, BenchmarkSet) else BenchmarkSet(folder)
     texts = benchmark.captions if benchmark.type == "retrieval" else benchmark.prompts()
     cache = {} if prompts is None else prompts
@@ -341,16 +343,18 @@ def run_name(path):
 
 def milestones(name, path):
     """{result's name: checkpoint} of a run's folder, by samples; of anything else, itself."""
-    size, last = path.removeprefix("random:"), os.path.join(path, "ckpt.pt")
+    size = path.removeprefix("random:")
     if size != path and size not in SIZES:
         raise ValueError(f"{path}: no such size; known are {', '.join(SIZES)}")
     if size == path and not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.endswith(".json"):
         raise ValueError(f"{path}: is no checkpoint; python -m data.results compares results")
+    last = os.path.join(path, "ckpt.pt")
     if not os.path.isfile(last):
         return {name: path}  # also a folder as Hugging Face has them
-    end, found = read_checkpoint(last)["samples"], {}
+    end = read_checkpoint(last)["samples"]
+    found = {}
     for file in sorted(Path(path).glob("samples_[0-9]*.pt")):  # 12 digits: in order of samples
         samples = int(file.stem.removeprefix("samples_"))
         if samples != end:  # the newest is often a milestone as well
@@ -395,10 +399,10 @@ def open_model(path, config, device):
     if tokenizer and tokenizer.size != clip.config.vocab_size:
         raise ValueError(f"{path}: has {clip.config.vocab_size} tokens, the vocabulary "
                          f"{tokenizer.size}; give its own by --vocabulary=FILE")
-    info, warmup_steps = module.info, settings.get("warmup_steps", 0)
+    info = module.info
+    warmup_samples = settings.get("warmup_steps", 0) * settings.get("batch_size", 0)
     about = {"checkpoint": path, "step": info["step"], "samples": info["samples"],
-             "seed": settings.get("seed"),
-             "warmup_samples": warmup_steps * settings.get("batch_size", 0),
+             "seed": settings.get("seed"), "warmup_samples": warmup_samples,
              "sha256": info["sha256"], "kind": "clip" if clip else "vision",
              "source": info["format"], "device": str(device), "precision": config.dtype,
              "quick_gelu": vision.config.quick_gelu}
@@ -465,8 +469,8 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
             keep_result(result, hits, config)
             figures = [f"{metric} {100 * value:.1f}" for metric, value
                        in tasks[key]["metrics"].items() if value is not None]
-            print(f"{label}: {', '.join(figures)} of {tasks[key]['n']:,}, "
-                  f"{tasks[key]['seconds']:.1f} s", flush=True)
+            print(f"{label}: {'  '.join(figures)}  (n {tasks[key]['n']:,}, "
+                  f"{tasks[key]['seconds']:.1f} s)", flush=True)
     if ranks.rank == 0:
         keep_result(result, hits, config)
         print(f"{name}: {len(jobs)} sets, {len(done)} from before, {time.time() - start:.1f} s")
@@ -511,9 +515,11 @@ def main(argv=None):
     if not arguments:
         raise ValueError("which checkpoints? For example: python evaluate.py out/toy/ckpt.pt "
                          "--benchmarks=data/toy/benchmarks (--help says more)")
-    runs, paths, jobs = read_arguments(arguments), {}, {}
+    runs = read_arguments(arguments)
+    paths = {}  # result's name: checkpoint
     for checkpoints in runs.values():
-        paths |= checkpoints  # {result's name: checkpoint}
+        paths |= checkpoints
+    jobs = {}  # task's name: BenchmarkSet or Triplets
     if config.benchmarks:
         for name, folder in find_sets(config.benchmarks).items():
             jobs[name] = BenchmarkSet(folder)
