@@ -110,6 +110,14 @@ def test_a_set_of_other_size_than_its_row_is_told(tmp_path):
     assert "2 images in 2 classes, but MNIST has 10,000 in 10" in benchmarks.unlike_row(found)
 
 
+@pytest.mark.parametrize("n, classes, same", [(6, 3, True), (7, 3, False), (6, 4, False)])
+def test_a_set_is_like_its_row_in_images_and_classes(tmp_path, monkeypatch, n, classes, same):
+    row = benchmarks.Row("Planted", "misc", ("planted",), n, classes, "acc1", 1, (0.0, 0.0))
+    monkeypatch.setattr(benchmarks, "ROWS", (row,))
+    monkeypatch.setattr(benchmarks, "ROW_OF", {"planted": row})
+    assert (benchmarks.unlike_row(BenchmarkSet(put(tmp_path))) == "") == same
+
+
 # ------------------------------------------------------------------------------ the layout
 
 
@@ -147,7 +155,8 @@ def test_the_samples_fingerprint_is_of_names_sizes_and_labels(tmp_path):
 
 def test_folders_upper_case_and_odd_names_in_a_shard_change_nothing(tmp_path):
     folder = put(tmp_path, "a", [0])
-    with tarfile.open(shard_of(folder), "w", encoding="latin-1") as tar:
+    with tarfile.open(shard_of(folder), "w", format=tarfile.USTAR_FORMAT,
+                      encoding="latin-1") as tar:
         entry = tarfile.TarInfo("test")
         entry.type = tarfile.DIRTYPE
         tar.addfile(entry)
@@ -232,6 +241,7 @@ FAULTS = {  # what is broken -> (how, what the message names)
     "nothing in it": (lambda f: cut(f, 0), BROKEN + "its beginning"),
     "damaged header": (lambda f: overwrite(f, 2 * 1024 + 100, b"????"), BROKEN + "s0000000.cls"),
     "damaged size": (lambda f: resize(f, b"77777777777"), BROKEN + "s0000001.png"),
+    "endless size": (lambda f: resize(f, b"\x80" + b"\xff" * 11), BROKEN),
     "negative size": (lambda f: resize(f, b"\xff" * 12), BROKEN),
     "empty shard": (lambda f: rewrite(f, []), "no samples"),
     "no label": (lambda f: rewrite(f, [("s1.png", png(97))]), "0.tar: s1.cls is missing"),
@@ -283,7 +293,7 @@ def test_a_multilabel_vector_of_other_length_or_values_is_refused(tmp_path, labe
 def test_an_undecodable_image_ends_the_evaluation_by_name(tmp_path, content, workers):
     folder = put(tmp_path)
     rewrite(folder, [("s1.png", png(97)), ("s1.cls", b"0"), ("s2.png", content), ("s2.cls", b"0")])
-    with pytest.raises(ValueError, match=r"0\.tar: s2\.png: undecodable image \(.+\)$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*0\.tar: s2\.png: undecodable image \(.+\)$"):
         evaluate_set(PlantedCLIP(), TOKENIZER, folder, workers=workers)
 
 
@@ -365,6 +375,11 @@ def test_an_empty_class_line_keeps_the_labels_in_place(tmp_path):
     folder = put(tmp_path, "abbc", (0, 2, 2, 3), ["a", "", "b", "c"])
     result = evaluate_set(PlantedCLIP(), TOKENIZER, folder)
     assert result["classes"] == 4 and result["metrics"]["acc1"] == 1.0
+
+
+def test_prompts_come_class_after_class(tmp_path):
+    found = BenchmarkSet(put(tmp_path, classnames="abc", templates=["a {c}", "the {c}"]))
+    assert found.prompts() == ["a a", "the a", "a b", "the b", "a c", "the c"]
 
 
 def test_braces_in_a_class_name_survive(tmp_path):

@@ -167,7 +167,8 @@ def test_a_result_file_says_what_was_measured_on_what(world):
     letters = result["tasks"]["letters"]
     assert (letters["n"], letters["classes"], letters["templates"], letters["family"]) == (
         30, 6, 2, "plain")
-    assert result["tasks"]["nights-imagenet"]["n"] == 4
+    assert [result["tasks"][f"nights{part}"]["n"] for part in ("", "-imagenet", "-no-imagenet")
+            ] == [12, 4, 8]
 
 
 def test_a_result_knows_the_seed_and_the_warm_up_of_its_run(world):
@@ -193,13 +194,6 @@ def test_the_figures_are_those_of_the_metric_functions(world):
                 assert np.array_equal(arrays[f"{name}/{metric}"], hits)
 
 
-def test_precision_is_recorded_and_another_one_is_measured_anew(world):
-    out = run(world, world / "base" / "ckpt.pt", dtype="bfloat16")
-    assert read(out / "base.json")["precision"] == "bfloat16"
-    run(world, world / "base" / "ckpt.pt")
-    assert read(out / "base.json")["precision"] == "float32"
-
-
 def counted(monkeypatch):
     """The names of the sets that evaluate_set is called for, as they come."""
     calls, real = [], evaluate.evaluate_set
@@ -217,6 +211,27 @@ def test_finished_sets_are_not_evaluated_again(world, monkeypatch):
     draw_set(world / "sets", "added", seed=7)
     run(world, world / "base" / "ckpt.pt")
     assert calls == ["letters", "scenes", "added"]
+
+
+def test_prompts_that_sets_share_are_encoded_once_a_checkpoint(world, monkeypatch):
+    shutil.rmtree(world / "sets/wds_scenes_test")
+    draw_set(world / "sets", "letters_again", seed=7)
+    encoded, real = [], CLIP.encode_text
+
+    def count(clip, tokens):
+        encoded.append(len(tokens))
+        return real(clip, tokens)
+    monkeypatch.setattr(CLIP, "encode_text", count)
+    run(world, world / "base" / "ckpt.pt", world / "pi" / "ckpt.pt")
+    assert encoded == [12, 12]  # 6 classes in 2 templates
+
+
+def test_precision_is_recorded_and_another_one_is_measured_anew(world, monkeypatch):
+    calls = counted(monkeypatch)
+    for dtype in ("bfloat16", "float32"):
+        out = run(world, world / "base" / "ckpt.pt", dtype=dtype)
+        assert read(out / "base.json")["precision"] == dtype
+    assert calls == ["letters", "scenes"] * 2
 
 
 def test_a_changed_checkpoint_starts_anew(world, monkeypatch):
@@ -316,7 +331,9 @@ def test_an_unknown_size_of_random_weights_is_refused(world):
 def test_partial_sets_are_taken_on_request_and_say_so(world):
     unlike_its_row(world)
     out = run(world, world / "base" / "ckpt.pt", partial=True)
-    assert read(out / "base.json")["tasks"]["mnist"]["partial"] is True
+    result = read(out / "base.json")
+    assert result["tasks"]["mnist"]["partial"] is True
+    assert "gtsrb" in result["missing"] and "mnist" not in result["missing"]
     assert "MNIST (partial)" in (out / "comparison.md").read_text()
 
 
@@ -338,10 +355,16 @@ def test_stage_1_without_judgements_is_refused(world):
 
 
 def test_random_weights_are_drawn_from_the_seed(world):
-    scores = [read(run(world, "random:toy", out=f"out{i}", benchmarks="", nights=world,
-                       seed=seed) / "random-toy.json")["tasks"]["nights"]["metrics"]["2afc"]
-              for i, seed in enumerate((0, 0, 1))]
-    assert scores[0] == scores[1] and 0 <= scores[2] <= 1
+    towers, results = [], []
+    for i, seed in enumerate((0, 0, 1)):
+        out = run(world, "random:toy", out=f"out{i}", benchmarks="", nights=world, seed=seed)
+        results.append(read(out / "random-toy.json"))
+        config = evaluate.Config(seed=seed)
+        towers.append(evaluate.open_model("random:toy", config, torch.device("cpu")).vision)
+    assert results[0]["sha256"] == results[1]["sha256"] != results[2]["sha256"]
+    assert results[0]["tasks"]["nights"]["metrics"] == results[1]["tasks"]["nights"]["metrics"]
+    weights = [next(tower.parameters()) for tower in towers]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_random_weights_with_a_vocabulary_have_a_text_side(world):
