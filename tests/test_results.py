@@ -1,5 +1,8 @@
 """Result files, paired intervals, wins, seeds and power laws, against hand counts and truths."""
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from data import results
 from data.benchmarks import LISTS
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHA = {"classnames_sha256": "c", "templates_sha256": "t", "samples_sha256": "s"}
 
 
@@ -46,10 +50,16 @@ def test_what_is_written_is_read_back(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.npz"]
 
 
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
 @pytest.mark.parametrize("spoil", [lambda path: path.write_text("{}"),
                                    lambda path: path.write_text('{"format": '),
-                                   lambda path: path.with_suffix(".npz").write_bytes(b"PK")],
-                         ids=["another JSON", "cut JSON", "cut arrays"])
+                                   lambda path: path.with_suffix(".npz").write_bytes(b"PK"),
+                                   lambda path: cut(path.with_suffix(".npz"), 100),
+                                   lambda path: cut(path.with_suffix(".npz"), -9)],
+                         ids=["another JSON", "cut JSON", "no arrays", "cut arrays", "cut end"])
 def test_a_broken_result_is_refused_in_one_line(tmp_path, spoil):
     results.write_result(tmp_path / "a", *run("a", {"x": 0.3}))
     spoil(tmp_path / "a.json")
@@ -83,6 +93,29 @@ def test_the_paired_interval_has_the_textbook_width():
     assert (low, high) == pytest.approx((0.05 - half, 0.05 + half), abs=0.003)  # 2,000 draws
 
 
+def test_the_interval_is_that_of_samples_drawn_one_by_one():
+    # an arm of two seeds, labels of uneven classes: draw indices within each class, by hand
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 1, 2], [30, 50, 120])
+    a, b = [], []
+    for arm, rate in ((a, 0.4), (b, 0.5)):
+        for _ in range(2):
+            arm.append({"mean_per_class_recall": rng.random(200) < rate, "labels": labels})
+    values = []
+    for _ in range(4000):
+        recalls = []
+        for c in range(3):
+            drawn = rng.choice(np.flatnonzero(labels == c), (labels == c).sum())
+            gain = [y["mean_per_class_recall"][drawn].mean() - x["mean_per_class_recall"][drawn].mean()
+                    for x, y in zip(a, b)]
+            recalls.append(np.mean(gain))
+        values.append(np.mean(recalls))
+    draws = results.paired_draws(a, b, "mean_per_class_recall", "x", draws=20_000)
+    assert draws.mean() == pytest.approx(np.mean(values), abs=0.003)  # error 0.04 / sqrt(4,000)
+    assert draws.std() == pytest.approx(np.std(values), rel=0.05)     # 1 / sqrt(2 x 4,000) is 1 %
+    assert results.interval(draws) == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=0.006)
+
+
 def test_draws_are_the_same_whenever_they_are_repeated():
     a, b = hits_of(0.3), hits_of(0.5)
     first, again = (results.paired_draws([a], [b], "acc1", "x") for _ in range(2))
@@ -100,10 +133,10 @@ def test_per_class_recall_is_drawn_within_classes():
 
 def test_an_image_is_drawn_with_all_its_captions():
     image_of = np.array([0, 0, 0, 1])  # uneven: three captions and one
-    numerators, denominators, _ = results.units(
+    right, whole = results.units(
         {"image_retrieval_recall@1": np.array([1, 0, 1, 1], bool), "image_of": image_of},
         "image_retrieval_recall@1")
-    assert numerators.tolist() == [[2], [1]] and denominators.tolist() == [[3], [1]]
+    assert right.tolist() == [[2], [1]] and whole.tolist() == [[3], [1]]
     hits = [{"image_retrieval_recall@1": right, "image_of": image_of}
             for right in (np.zeros(4, bool), np.array([1, 1, 1, 0], bool))]
     draws = results.paired_draws([hits[0]], [hits[1]], "image_retrieval_recall@1", "x")
@@ -160,6 +193,93 @@ def test_wins_ties_and_losses_are_counted_to_the_first_arm():
     assert found["sets"]["x"]["arms"]["pi"]["acc1"]["delta"] == pytest.approx(0.3)
 
 
+def recalls(rate_image, rate_text):
+    """A retrieval task of four images with two captions each, and its hits."""
+    image_of = np.repeat(np.arange(4), 2)
+    hits = {"image_of": image_of}
+    for k in (1, 5, 10):
+        hits[f"image_retrieval_recall@{k}"] = np.arange(8) < 8 * rate_image
+        hits[f"text_retrieval_recall@{k}"] = np.arange(4) < 4 * rate_text
+    metrics = {name: float(hits[name].mean()) for name in hits if name != "image_of"}
+    metrics["mean_recall@1"] = (rate_image + rate_text) / 2
+    return {**task(), "metrics": metrics, "main": "mean_recall@1", "family": "retrieval",
+            "type": "retrieval", "n": 4}, hits
+
+
+def add(run, name, task, hits=None):
+    run[0]["tasks"][name] = task
+    run[1][name] = hits or {}
+
+
+def test_each_kind_of_metric_is_counted_by_itself_and_2afc_in_none():
+    arms = [arm("base", {"x": 0.3}), arm("pi", {"x": 0.5})]
+    for number, one in enumerate(arms):
+        run = one["runs"][0]
+        run[0]["tasks"]["x"]["metrics"]["acc5"] = 0.9 - 0.1 * number
+        add(run, "pairs", *recalls(0.25 + 0.25 * number, 0.5))
+        add(run, "nights", {**task(), "metrics": {"2afc": 0.6 + 0.1 * number}, "main": "2afc",
+                            "family": "nights", "type": "2afc"})
+    counts = results.compare(arms)["counts"]["pi"]
+    found = {kind: (count["wins"], count["ties"], count["losses"]) for kind, count in counts.items()}
+    assert found == {"main metric": (2, 0, 0), "top-1": (1, 0, 0), "top-5": (0, 0, 1),
+                     "recalls": (3, 3, 0)}
+
+
+def test_sets_come_in_the_lists_order_then_by_family_with_retrieval_and_2afc_last():
+    base = arm("base", {"own_b": 0.3, "mnist": 0.3, "cifar10": 0.4})
+    run = base["runs"][0]
+    add(run, "nights", {**task(), "metrics": {"2afc": 0.6}, "main": "2afc", "type": "2afc"})
+    add(run, "aaa_pairs", *recalls(0.5, 0.5))
+    add(run, "own_a", task(family="art"))
+    found = results.compare([base], LISTS["code"])
+    assert list(found["sets"]) == ["cifar10", "mnist", "own_a", "own_b", "aaa_pairs", "nights"]
+    assert list(results.compare([base])["families"])[-1] == "all classification"
+
+
+def test_one_run_has_its_pair_beside_the_published_one():
+    rows = LISTS["code"]
+    base = arm("base", {"imagenetv2": 0.25})
+    base["runs"][0][0]["tasks"]["imagenetv2"]["metrics"]["acc5"] = 0.5
+    add(base["runs"][0], "flickr30k", *recalls(0.25, 0.75))
+    lines = results.markdown(results.compare([base], rows), rows).splitlines()
+    row = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[-3:-1]]
+           for line in lines if line.startswith("|")}
+    assert row["ImageNet-V2"] == ["25.0/50.0", "56.0/83.4"]
+    assert row["Flickr30k 1K"] == ["25.0/75.0", "58.8/78.9"]  # recall@1 to image, to text
+    assert row["ImageNet-O"] == ["", "47.8/-"]
+
+
+def test_a_halfs_mean_and_average_precision_are_handled_by_their_kind():
+    base, pi = arm("base", {"x": 0.3}), arm("pi", {"x": 0.4})
+    for one in (base, pi):
+        add(one["runs"][0], "many", {**task(family="plain"), "main": "mean_average_precision",
+                                     "type": "multilabel",
+                                     "metrics": {"mean_average_precision": 0.5}})
+        for name in ("nights", "nights-imagenet"):
+            part = {**task(), "metrics": {"2afc": 0.6}, "main": "2afc", "family": "nights",
+                    "type": "2afc", "part_of": None if name == "nights" else "nights"}
+            add(one["runs"][0], name, part, {"2afc": np.arange(100) < 60})
+    found = results.compare([base, pi])
+    assert found["sets"]["many"]["arms"]["pi"]["mean_average_precision"]["delta_interval"] is None
+    assert found["families"]["plain"]["arms"]["pi"]["delta_interval"] is None  # one of its sets
+    assert found["families"]["plain"]["arms"]["pi"]["mean"] == pytest.approx(0.45)
+    assert found["families"]["all classification"]["sets"] == ["x"]
+    assert found["families"]["nights"]["sets"] == ["nights"]  # its halves are in it
+
+
+def test_stage_1_is_compared_by_2afc_alone_and_takes_nothing_from_the_others():
+    arms = [arm("base", {"x": 0.3}), arm("stage1", {}), arm("pi", {"x": 0.4})]
+    for one in arms:
+        add(one["runs"][0], "nights", {**task(), "metrics": {"2afc": 0.6}, "main": "2afc",
+                                       "family": "nights", "type": "2afc"},
+            {"2afc": np.arange(100) < 60})
+    found = results.compare(arms)
+    assert list(found["sets"]["x"]["arms"]) == ["base", "pi"]
+    assert list(found["sets"]["nights"]["arms"]) == ["base", "stage1", "pi"]
+    last = results.compare([arms[1], arms[0]])  # a baseline without the set: no delta
+    assert "delta" not in last["sets"]["x"]["arms"]["base"]["acc1"]
+
+
 def test_a_family_mean_is_over_k_of_k_sets_of_the_list():
     rows = LISTS["code"]
     found = results.compare([arm("base", {"imagenetv2": 0.2, "imagenet-a": 0.4, "own": 0.9},
@@ -167,7 +287,8 @@ def test_a_family_mean_is_over_k_of_k_sets_of_the_list():
     family = found["families"]["imagenet-ood"]
     assert (family["k"], family["K"]) == (2, 6)
     assert family["arms"]["base"]["mean"] == pytest.approx(0.3)
-    assert found["families"]["all classification"]["K"] == 29
+    every = found["families"]["all classification"]
+    assert every["K"] == 29 and every["sets"] == ["imagenetv2", "imagenet-a"]  # not "own"
     assert found["families"]["vtab"] == {"k": 0, "K": 12, "sets": [], "arms": {}}
 
 
@@ -221,7 +342,7 @@ def test_other_seeds_are_not_taken_for_pairs():
     arms = [arm("base", {"x": 0.2}, {"x": 0.3}), arm("pi", {"x": 0.3}, {"x": 0.4})]
     arms[1]["runs"][0][0]["seed"] = 7
     low, high = results.compare(arms)["sets"]["x"]["arms"]["pi"]["acc1"]["delta_seed_interval"]
-    assert low < 0.1 < high
+    assert low < 0 and high > 0.2  # Welch: far wider than [0.1, 0.1] of pairs
 
 
 def test_the_markdown_is_a_table_with_as_many_cells_in_every_line():
@@ -262,7 +383,7 @@ def test_two_points_have_no_interval_and_one_has_no_fit():
 
 
 def test_samples_to_a_score_are_read_between_points_on_a_log_axis():
-    points = [(100, 0.1), (10_000, 0.3)]
+    points = [{"samples": 100, "mean": 0.1}, {"samples": 10_000, "mean": 0.3}]
     assert results.samples_to_reach(points, 0.2) == pytest.approx(1000)
     assert results.samples_to_reach(points, 0.05) == 100
     assert results.samples_to_reach(points, 0.4) is None
@@ -283,6 +404,17 @@ def test_scaling_tells_when_the_baselines_final_score_is_reached():
     assert curves["pi"]["fit"]["points"] == 3
 
 
+def test_the_halves_of_nights_have_curves_but_no_part_in_its_mean():
+    base = milestones("base", [0.3, 0.4])
+    for run in base["seeds"][0]:
+        for name, value, part_of in (("nights", 0.7, None), ("nights-imagenet", 0.9, "nights")):
+            add(run, name, {**task(), "metrics": {"2afc": value}, "main": "2afc",
+                            "family": "nights", "type": "2afc", "part_of": part_of})
+    curves = results.scaling([base])["curves"]
+    assert curves["nights-imagenet"]["base"]["points"][0]["mean"] == 0.9
+    assert curves["mean of nights"]["base"]["points"][0]["mean"] == 0.7
+
+
 def test_points_of_the_warm_up_are_shown_but_not_fitted():
     base = milestones("base", [0.3, 0.4, 0.5])
     for result, _ in base["seeds"][0]:
@@ -295,6 +427,8 @@ def test_a_set_within_two_standard_errors_of_chance_is_left_out():
     # chance 0.1 of 100 samples: standard error 0.03
     assert results.scaling([milestones("base", [0.1, 0.15])])["near_chance"] == ["x"]
     assert results.scaling([milestones("base", [0.1, 0.17])])["near_chance"] == []
+    good, bad = milestones("base", [0.3, 0.4]), milestones("pi", [0.3, 0.1])
+    assert results.scaling([good, bad])["near_chance"] == ["x"]  # at the end of any arm
 
 
 def test_the_caveat_is_with_the_curves():
@@ -307,3 +441,134 @@ def test_the_table_of_curves_shows_exponent_and_samples_to_the_baseline():
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     row = next(row for row in rows if row[1:3] == ["mean of plain", "pi"])
     assert row[3] == "60.0" and row[4].startswith("0.364 [") and row[6:8] == ["3", "2,000"]
+
+
+def test_points_are_means_over_seeds_that_all_have_them():
+    base = milestones("base", [0.3, 0.4, 0.5])
+    base["seeds"] += milestones("other", [0.5, 0.6])["seeds"]
+    points = results.scaling([base])["curves"]["x"]["base"]["points"]
+    assert [point["samples"] for point in points] == [1000, 2000]
+    assert [point["mean"] for point in points] == pytest.approx([0.4, 0.5])
+
+
+def test_seeds_without_a_common_number_of_samples_have_no_curve():
+    base = milestones("base", [0.3, 0.4])
+    for result, _ in base["seeds"][0]:
+        result["samples"] += 7
+    base["seeds"] += milestones("other", [0.5, 0.6])["seeds"]
+    with pytest.raises(ValueError, match="base: its seeds have no number of samples in common"):
+        results.scaling([base])
+
+
+def test_chance_is_known_for_each_type():
+    error = {"classification": (0.1 * 0.9 / 400) ** 0.5, "retrieval": (1 / 400 * 399 / 400 / 400) ** 0.5,
+             "2afc": (0.25 / 400) ** 0.5}
+    for kind, guess in (("classification", 0.1), ("retrieval", 1 / 400), ("2afc", 0.5)):
+        for standard_errors, near in ((1.9, True), (2.1, False)):
+            value = guess + standard_errors * error[kind]
+            one = {**task(n=400), "type": kind, "main": "m", "metrics": {"m": value}}
+            assert results.near_chance(one) is near
+    assert not results.near_chance({**task(0.0), "type": "multilabel"})
+
+
+# ------------------------------------------------------------------------------ fields
+
+
+def test_comparison_and_curves_have_the_fields_of_the_published_study():
+    study = ROOT / "docs" / "study"
+    comparison = json.loads((study / "comparison.json").read_text())
+    curves = json.loads((study / "scaling.json").read_text())
+    arms = [arm("baseline", {"toy_color": 0.5}, {"toy_color": 0.4}),
+            arm("pi", {"toy_color": 0.6}, {"toy_color": 0.7})]
+    found = results.compare(arms)
+    assert list(found) == list(comparison)
+    for path in (("sets", "toy_color"), ("sets", "toy_color", "arms", "pi", "acc1"),
+                 ("families", "plain"), ("families", "plain", "arms", "pi"),
+                 ("counts", "pi", "top-1")):
+        ours, theirs = found, comparison
+        for key in path:
+            ours, theirs = ours[key], theirs[key]
+        assert list(ours) == list(theirs), path
+    assert list(found["arms"]["pi"][0]) == list(comparison["arms"]["pi"][0])
+    drawn = results.scaling([milestones("baseline", [0.3, 0.4, 0.5])])
+    assert list(drawn) == list(curves)
+    ours = drawn["curves"]["mean of plain"]["baseline"]
+    theirs = curves["curves"]["mean of plain"]["baseline"]
+    assert list(ours) == list(theirs) and list(ours["points"][0]) == list(theirs["points"][0])
+    assert list(ours["fit"]) == list(theirs["fit"])
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def written(folder, name, value, seed=0, samples=1000):
+    """Write a result whose only set has this accuracy; returns its path as text."""
+    results.write_result(folder / name, *run(name, {"x": value}, seed, samples))
+    return str(folder / f"{name}.json")
+
+
+def test_arms_of_files_are_compared_seed_by_seed_whatever_their_order(tmp_path, capsys):
+    b0, b1 = written(tmp_path, "b0", 0.2), written(tmp_path, "b1", 0.3, seed=1)
+    p0, p1 = written(tmp_path, "p0", 0.3), written(tmp_path, "p1", 0.4, seed=1)
+    out = tmp_path / "out"
+    results.main([f"base={b0},{b1}", f"pi={p1},{p0}", f"--out={out}"])
+    found = json.loads((out / "comparison.json").read_text())
+    assert [run["run"] for run in found["arms"]["pi"]] == ["p0", "p1"]
+    value = found["sets"]["x"]["arms"]["pi"]["acc1"]
+    assert value["delta_seed_interval"] == pytest.approx([0.1, 0.1])  # paired
+    text = (out / "comparison.md").read_text()
+    assert "35.0 ± 7.1 (+10.0" in text and text in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.json", "comparison.md"]
+
+
+def test_results_of_one_seed_are_milestones_and_the_newest_is_compared(tmp_path):
+    late, early = written(tmp_path, "a", 0.5, samples=3000), written(tmp_path, "a@1", 0.3)
+    other = written(tmp_path, "b", 0.4, samples=3000)
+    out = tmp_path / "out"
+    results.main([f"a={late},{early}", other, f"--out={out}"])
+    found = json.loads((out / "comparison.json").read_text())
+    assert [run["samples"] for run in found["arms"]["a"]] == [3000]
+    assert list(found["arms"]) == ["a", "b"]  # a file alone is called like its run
+    curve = json.loads((out / "scaling.json").read_text())["curves"]["x"]["a"]
+    assert [point["samples"] for point in curve["points"]] == [1000, 3000]
+    assert "mean of plain" in (out / "scaling.md").read_text()
+
+
+def test_foreign_weights_are_compared_but_have_no_curve(tmp_path):
+    curve = ",".join([written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.4, samples=2000)])
+    foreign = [written(tmp_path, name, 0.6, seed=None, samples=None) for name in ("f", "g")]
+    out = tmp_path / "out"
+    results.main([f"theirs={','.join(foreign)}", f"ours={curve}", f"--out={out}"])
+    found = json.loads((out / "comparison.json").read_text())
+    assert [run["run"] for run in found["arms"]["theirs"]] == ["f", "g"]
+    assert list(json.loads((out / "scaling.json").read_text())["curves"]["x"]) == ["ours"]
+
+
+def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
+    a, b = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.4)
+    c = written(tmp_path, "c", 0.4, seed=1)
+    for arguments, message in (
+            ([], "which results"), ([f"x={a}", f"x={c}"], f"x={c}: another arm is called x"),
+            ([f"x={a}", f"y={a.removesuffix('.json')}"], "given twice"),
+            ([f"x={a},{b}"], f"{b}: a second result of seed 0"),
+            ([f"x={a},"], "x=.*: a file's name is missing"), (["x="], "x=: a file's name"),
+            ([a, "--list=codes"], "list=codes: must be code or plan")):
+        with pytest.raises(ValueError, match=message):
+            results.main([*arguments, f"--out={tmp_path / 'out'}"])
+    with pytest.raises(FileNotFoundError, match="none.json: no such result file"):
+        results.main([str(tmp_path / "none.json")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_wrong_in_one_line():
+    done = subprocess.run([sys.executable, "-m", "data.results", "none.json"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "results.py: none.json: no such result file\n"
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="optional")
+    curves = results.scaling([milestones("base", [0.3, 0.4, 0.5]), milestones("pi", [0.4])])
+    results.draw_scaling(curves, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
