@@ -545,30 +545,11 @@ def main(argv=None):
         for name, path in paths.items():
             found[name] = evaluate_checkpoint(name, path, jobs, config, ranks, device)
         if ranks.rank == 0:
-            report(runs, found, config)
-
-
-def report(runs, found, config):
-    """Write and print the comparison of the runs' ends, and the curves of milestones."""
-    from data import results
-    rows = LISTS[config.list]
-    comparison = results.compare([{"name": run, "runs": [found[run]]} for run in runs], rows)
-    text = results.markdown(comparison, rows)
-    results.write_json(os.path.join(config.out, "comparison.json"), comparison)
-    results.write_text(os.path.join(config.out, "comparison.md"), text)
-    print("\n" + text)
-    if len(found) == len(runs):
-        return
-    arms = []
-    for run, checkpoints in runs.items():
-        arms.append({"name": run, "seeds": [[found[result] for result in checkpoints]]})
-    scaling = results.scaling(arms)
-    results.write_json(os.path.join(config.out, "scaling.json"), scaling)
-    print(results.scaling_markdown(scaling))
-    try:
-        results.draw_scaling(scaling, os.path.join(config.out, "scaling.png"))
-    except ImportError:
-        print("no scaling.png: it needs matplotlib (pip install matplotlib)")
+            arms = []
+            for name, checkpoints in runs.items():
+                arms.append({"name": name, "seeds": [[found[key] for key in checkpoints]]})
+            from data import results
+            results.report(arms, LISTS[config.list], config.out)
 
 
 if __name__ == "__main__":
