@@ -11,9 +11,9 @@ A checkpoint is a file of this project (stage 1: 2AFC only), of OpenAI, open_cli
 Face, random:SIZE for fresh weights, or a run's folder. NAME=checkpoint names its result, which
 else is called like the run. Several seeds of an arm: python -m data.results.
 
-Writes to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for folders
-scaling.json and .png; for --query and --image query.png. A finished set is evaluated again only
-if the checkpoint, the set or the precision changed.
+Writes to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for
+folders scaling.json and .png; for --query and --image query.png. A finished set is evaluated
+again only if the checkpoint, the set or the precision changed.
 
 First the evaluators, then the script that runs them. The protocol is CLIP_benchmark's. Letters:
 n samples, C classes, T prompts a class, m captions, E embedding, b of a batch, S pixels.
@@ -40,7 +40,7 @@ from data.text import Tokenizer
 from data.triplets import Triplets
 from model import CLIP, SIZES, VisionTower, load_clip, load_vision, read_checkpoint
 
-# ------------------------------------------------------------------------------ metrics
+# -------------------------------------------------------------------------- metrics
 # Embeddings are unit rows in float32 on the CPU. Ties are broken as CLIP_benchmark breaks them:
 # top-k by topk, per-class recall by argmax (the lowest label), precision by a descending sort.
 
@@ -123,7 +123,7 @@ def two_afc(ref, left, right, labels):
     return 0.5 + 0.5 * torch.sign(chosen * lead)
 
 
-# ------------------------------------------------------------------------------ embedding passes
+# -------------------------------------------------------------------------- embedding passes
 # Whole batches are dealt to the ranks: a batch meets the same arithmetic at any world size, and
 # no sample is padded, dropped or counted twice.
 
@@ -222,7 +222,7 @@ def embed_triplets(encode, triplets, size, device, batch_size=256, **how):
     return F.normalize(rows, dim=-1).unflatten(0, (-1, 3)).unbind(1)
 
 
-# ------------------------------------------------------------------------------ one set
+# -------------------------------------------------------------------------- one set
 
 
 def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=None, **how):
@@ -278,7 +278,7 @@ def evaluate_triplets(encode, triplets, size, device, batch_size=256, **how):
     return tasks
 
 
-# ------------------------------------------------------------------------------ the script
+# -------------------------------------------------------------------------- the script
 
 
 @dataclass
@@ -455,13 +455,14 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
         if key in done:
             continue
         label = f"{name}: {key}"
-        how = {"batch_size": config.batch_size, "workers": config.workers, "dtype": config.dtype,
-               "ranks": ranks, "label": label if ranks.rank == 0 else ""}
+        how = {"batch_size": config.batch_size, "workers": config.workers,
+               "dtype": config.dtype, "ranks": ranks, "label": label if ranks.rank == 0 else ""}
         if isinstance(job, Triplets):
             size = model.vision.config.image_size
             tasks = evaluate_triplets(model.vision, job, size, device, **how)
         else:
-            tasks = {key: evaluate_set(model.clip, model.tokenizer, job, prompts=prompts, **how)}
+            task = evaluate_set(model.clip, model.tokenizer, job, prompts=prompts, **how)
+            tasks = {key: task}
         for task_name, task in tasks.items():
             hits[task_name] = task.pop("hits")
             result["tasks"][task_name] = task

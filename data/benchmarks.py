@@ -27,7 +27,7 @@ import numpy as np
 
 from data.images import DECODER_ERRORS, BadImage, open_image
 
-# ------------------------------------------------------------------------------ the table of rows
+# -------------------------------------------------------------------------- the table of rows
 
 
 class Row(typing.NamedTuple):
@@ -106,7 +106,7 @@ def unlike_row(benchmark):
             f"{row.n:,} in {row.classes:,}")
 
 
-# ------------------------------------------------------------------------------ one set on disk
+# -------------------------------------------------------------------------- one set on disk
 
 _IMAGE_TYPES = ("webp", "png", "jpg", "jpeg")
 _LABEL_TYPE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}

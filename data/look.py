@@ -66,8 +66,8 @@ def look(paths, open_model, config):
         model = open_model(path)
         if config.query:
             if model.tokenizer is None:
-                raise ValueError(f"{path}: has no text side (stage 1), or brings no vocabulary; "
-                                 "use --image=FILE, or give --vocabulary=FILE")
+                raise ValueError(f"{path}: has no text side (stage 1), or brings no "
+                                 "vocabulary; use --image=FILE, or give --vocabulary=FILE")
             text = model.embed_texts([config.query])[0]                 # (E,)
             rows.append((f"{name}: images", model.embed_images(pool) @ text))
         if asked:
