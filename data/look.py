@@ -1,6 +1,8 @@
-"""Pairs to search in, and the picture of what was found: evaluate.py --query and --image."""
+"""Pictures of what is nearest to a text or an image: evaluate.py --query and --image."""
+import os
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -9,22 +11,29 @@ from data.shards import Shards, index_shards
 
 
 class Pool:
-    """The first pairs of a folder, as far as they are readable: images, and first captions."""
+    """Images and captions to search in; what Pixels of evaluate.py takes."""
 
-    def __init__(self, folder, count):
-        index_shards(folder)
-        shards, threads = Shards(folder), ThreadPoolExecutor()
-        count = min(count, len(shards))
-        pairs = list(filter(None, threads.map(lambda i: read_pair(shards, i), range(count))))
-        print(f"{folder}: searching {len(pairs)} images of {len(shards)}, "
-              f"{count - len(pairs)} unreadable ones left out")
-        self.images, self.captions = map(list, zip(*pairs))
+    def __init__(self, images, captions):
+        self.images, self.captions = images, captions
 
     def __len__(self):
         return len(self.images)
 
     def image(self, i):
         return self.images[i]
+
+
+def read_pool(folder, count):
+    """The first `count` pairs of a folder, as far as they are readable, with first captions."""
+    index_shards(folder)
+    shards = Shards(folder)
+    count = min(count, len(shards))
+    with ThreadPoolExecutor() as threads:
+        pairs = list(threads.map(lambda i: read_pair(shards, i), range(count)))
+    pairs = [pair for pair in pairs if pair is not None]
+    print(f"{folder}: searching {len(pairs)} images of {len(shards)}, "
+          f"{count - len(pairs)} unreadable ones left out")
+    return Pool([image for image, _ in pairs], [caption for _, caption in pairs])
 
 
 def read_pair(shards, i):
@@ -36,23 +45,66 @@ def read_pair(shards, i):
         return None
 
 
+def read_image(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"image={path}: no such file")
+    try:
+        return decode(Path(path).read_bytes())
+    except BadImage as error:
+        raise ValueError(f"image={path}: {error}") from None
+
+
+def look(paths, open_model, config):
+    """Draw what each checkpoint finds nearest to --query or --image: <out>/query.png.
+
+    paths: {name: checkpoint}.  open_model(path) -> evaluate.Model.
+    """
+    asked = read_image(config.image) if config.image else None
+    pool = read_pool(config.images, config.pool)
+    rows = []
+    for name, path in paths.items():
+        model = open_model(path)
+        if config.query:
+            if model.tokenizer is None:
+                raise ValueError(f"{path}: has no text side (stage 1), or brings no "
+                                 "vocabulary; use --image=FILE, or give --vocabulary=FILE")
+            text = model.embed_texts([config.query])[0]                 # (E,)
+            rows.append((f"{name}: images", model.embed_images(pool) @ text))
+        if asked:
+            rows += nearest_to_image(name, model, asked, pool)
+    target = os.path.join(config.out, "query.png")
+    draw_rows(config.query or config.image, asked, rows, pool).save(target)
+    print(f"nearest to {config.query or config.image}: {target}")
+
+
+def nearest_to_image(name, model, asked, pool):
+    """[(label, similarities (n,))]: of the pool's images and, if it has text, its captions."""
+    query = model.embed_images(Pool([asked], [""]))[0]                  # (E,)
+    rows = [(f"{name}: images", model.embed_images(pool) @ query)]
+    if model.tokenizer:
+        rows.append((f"{name}: captions", model.embed_texts(pool.captions) @ query))
+    return rows
+
+
 def draw_rows(title, asked, rows, pool, side=128, columns=8):
     """A picture: for each (label, similarities (n,)) the most similar pairs, best first."""
     font, line = ImageFont.load_default(12), 16  # pixels
     height = side + 5 * line  # of a row: its name, its images, three lines of caption, a gap
-    top = 2 * line + (side + line if asked else 0)  # below the title and the image asked for
-    size = columns * (side + 8) + 8, top + len(rows) * height
-    sheet = Image.new("RGB", size, "white")
+    top = 2 * line  # below the title
+    if asked:
+        top += side + line
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, top + len(rows) * height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 8), f"nearest to: {title}", "black", font)
     if asked:
         sheet.paste(ImageOps.contain(asked, (side, side)), (8, 2 * line))
     for label, similar in rows:
         pen.text((8, top), label, "black", font)
-        for column, i in enumerate(similar.topk(min(columns, len(pool))).indices.tolist()):
-            left, caption = 8 + column * (side + 8), f"{similar[i]:.2f} {pool.captions[i]}"
+        best = similar.topk(min(columns, len(pool))).indices.tolist()
+        for column, i in enumerate(best):
+            left = 8 + column * (side + 8)
+            caption = textwrap.wrap(f"{similar[i]:.2f} {pool.captions[i]}", 21)[:3]
             sheet.paste(ImageOps.contain(pool.image(i), (side, side)), (left, top + line))
-            pen.multiline_text((left, top + line + side + 2),
-                               "\n".join(textwrap.wrap(caption, 21)[:3]), "black", font)
+            pen.multiline_text((left, top + line + side + 2), "\n".join(caption), "black", font)
         top += height
     return sheet

@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import benchmarks
+from data import benchmarks, look, results
 from data.prepare import tars
 from data.benchmarks import LISTS
 from data.prepare.tars import write_set
-from data.look import Pool
 from data.prepare.tars import write_shards
 from data.text import Tokenizer
 from model import CLIP, FORMAT, SIZES, export_clip, load_clip, write_checkpoint
@@ -108,30 +107,48 @@ def read(path):
     ("out/nights/best.pt", "nights-best"), ("weights/ViT-B-32.pt", "ViT-B-32"),
     ("random:toy", "random-toy"), ("samples_of_mine.pt", "samples_of_mine")])
 def test_a_result_is_named_for_its_run(path, name):
-    assert evaluate.run_names([path]) == {path: name}
+    assert evaluate.run_name(path) == name
 
 
-def test_runs_of_one_name_are_told_apart_by_their_parents():
-    names = evaluate.run_names(["a/toy/ckpt.pt", "b/toy/ckpt.pt"])
-    assert list(names.values()) == ["a-toy", "b-toy"]
+def test_two_results_of_one_name_are_refused_until_they_have_names(world):
+    draw_checkpoint(world / "other" / "base" / "ckpt.pt", 3)
+    both = [f"{world}/base/ckpt.pt", f"{world}/other/base/ckpt.pt"]
+    with pytest.raises(ValueError, match="a result is called base already; .* NAME=checkpoint"):
+        evaluate.read_arguments(both)
+    runs = evaluate.read_arguments([both[0], f"other={both[1]}"])
+    assert runs == {"base": {"base": both[0]}, "other": {"other": both[1]}}
 
 
-def test_no_run_takes_the_name_of_the_comparison():
-    assert evaluate.run_names(["out/comparison/ckpt.pt"])["out/comparison/ckpt.pt"] == (
-        "out-comparison")
+def test_no_run_takes_the_name_of_the_comparison(drawn):
+    with pytest.raises(ValueError, match="called comparison already"):
+        evaluate.read_arguments([f"comparison={drawn}/base/ckpt.pt"])
 
 
 def test_a_checkpoint_given_twice_is_refused(drawn):
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="called base already"):
         evaluate.read_arguments([f"{drawn}/base/ckpt.pt", f"{drawn}/base/../base/ckpt.pt"])
+
+
+def test_an_equals_sign_in_a_folder_is_no_name(world):
+    os.rename(world / "base", world / "lr=3")
+    path = f"{world}/lr=3/ckpt.pt"
+    assert evaluate.read_arguments([path]) == {"lr=3": {"lr=3": path}}
+
+
+def test_a_result_file_is_no_checkpoint(world):
+    (world / "base.json").write_text("{}")
+    with pytest.raises(ValueError, match="python -m data.results compares results"):
+        evaluate.read_arguments([f"{world}/base.json"])
 
 
 def test_a_folder_stands_for_its_milestones_in_order_of_samples(world):
     for samples in (200, 1000, 90):
         draw_checkpoint(world / "base" / f"samples_{samples:012d}.pt", samples=samples)
-    found = evaluate.milestones(str(world / "base"))
-    assert [Path(path).name for path in found] == [
-        "samples_000000000090.pt", "samples_000000000200.pt", "ckpt.pt"]  # 1,000 is the newest
+    runs = evaluate.read_arguments([f"{world}/base", f"again={world}/base"])
+    assert [(name, Path(path).name) for name, path in runs["base"].items()] == [
+        ("base@90", "samples_000000000090.pt"), ("base@200", "samples_000000000200.pt"),
+        ("base", "ckpt.pt")]  # which has 1,000
+    assert list(runs["again"]) == ["again@90", "again@200", "again"]
 
 
 # ------------------------------------------------------------------------------ result files
@@ -150,7 +167,14 @@ def test_a_result_file_says_what_was_measured_on_what(world):
     letters = result["tasks"]["letters"]
     assert (letters["n"], letters["classes"], letters["templates"], letters["family"]) == (
         30, 6, 2, "plain")
-    assert result["tasks"]["nights-imagenet"]["n"] == 4
+    assert [result["tasks"][f"nights{part}"]["n"] for part in ("", "-imagenet", "-no-imagenet")
+            ] == [12, 4, 8]
+
+
+def test_a_result_knows_the_seed_and_the_warm_up_of_its_run(world):
+    draw_checkpoint(world / "seventh" / "ckpt.pt", seed=7)
+    result = read(run(world, world / "seventh" / "ckpt.pt") / "seventh.json")
+    assert (result["seed"], result["warmup_samples"]) == (7, 100)
 
 
 def test_the_other_list_misses_what_neither_home_has(world):
@@ -170,20 +194,13 @@ def test_the_figures_are_those_of_the_metric_functions(world):
                 assert np.array_equal(arrays[f"{name}/{metric}"], hits)
 
 
-def test_precision_is_recorded_and_another_one_is_measured_anew(world):
-    out = run(world, world / "base" / "ckpt.pt", dtype="bfloat16")
-    assert read(out / "base.json")["precision"] == "bfloat16"
-    run(world, world / "base" / "ckpt.pt")
-    assert read(out / "base.json")["precision"] == "float32"
-
-
 def counted(monkeypatch):
     """The names of the sets that evaluate_set is called for, as they come."""
     calls, real = [], evaluate.evaluate_set
 
-    def count(clip, tokenizer, found, *rest):
+    def count(clip, tokenizer, found, **how):
         calls.append(found.name)
-        return real(clip, tokenizer, found, *rest)
+        return real(clip, tokenizer, found, **how)
     monkeypatch.setattr(evaluate, "evaluate_set", count)
     return calls
 
@@ -194,6 +211,27 @@ def test_finished_sets_are_not_evaluated_again(world, monkeypatch):
     draw_set(world / "sets", "added", seed=7)
     run(world, world / "base" / "ckpt.pt")
     assert calls == ["letters", "scenes", "added"]
+
+
+def test_prompts_that_sets_share_are_encoded_once_a_checkpoint(world, monkeypatch):
+    shutil.rmtree(world / "sets/wds_scenes_test")
+    draw_set(world / "sets", "letters_again", seed=7)
+    encoded, real = [], CLIP.encode_text
+
+    def count(clip, tokens):
+        encoded.append(len(tokens))
+        return real(clip, tokens)
+    monkeypatch.setattr(CLIP, "encode_text", count)
+    run(world, world / "base" / "ckpt.pt", world / "pi" / "ckpt.pt")
+    assert encoded == [12, 12]  # 6 classes in 2 templates
+
+
+def test_precision_is_recorded_and_another_one_is_measured_anew(world, monkeypatch):
+    calls = counted(monkeypatch)
+    for dtype in ("bfloat16", "float32"):
+        out = run(world, world / "base" / "ckpt.pt", dtype=dtype)
+        assert read(out / "base.json")["precision"] == dtype
+    assert calls == ["letters", "scenes"] * 2
 
 
 def test_a_changed_checkpoint_starts_anew(world, monkeypatch):
@@ -293,7 +331,9 @@ def test_an_unknown_size_of_random_weights_is_refused(world):
 def test_partial_sets_are_taken_on_request_and_say_so(world):
     unlike_its_row(world)
     out = run(world, world / "base" / "ckpt.pt", partial=True)
-    assert read(out / "base.json")["tasks"]["mnist"]["partial"] is True
+    result = read(out / "base.json")
+    assert result["tasks"]["mnist"]["partial"] is True
+    assert "gtsrb" in result["missing"] and "mnist" not in result["missing"]
     assert "MNIST (partial)" in (out / "comparison.md").read_text()
 
 
@@ -315,10 +355,16 @@ def test_stage_1_without_judgements_is_refused(world):
 
 
 def test_random_weights_are_drawn_from_the_seed(world):
-    scores = [read(run(world, "random:toy", out=f"out{i}", benchmarks="", nights=world,
-                       seed=seed) / "random-toy.json")["tasks"]["nights"]["metrics"]["2afc"]
-              for i, seed in enumerate((0, 0, 1))]
-    assert scores[0] == scores[1] and 0 <= scores[2] <= 1
+    towers, results = [], []
+    for i, seed in enumerate((0, 0, 1)):
+        out = run(world, "random:toy", out=f"out{i}", benchmarks="", nights=world, seed=seed)
+        results.append(read(out / "random-toy.json"))
+        config = evaluate.Config(seed=seed)
+        towers.append(evaluate.open_model("random:toy", config, torch.device("cpu")).vision)
+    assert results[0]["sha256"] == results[1]["sha256"] != results[2]["sha256"]
+    assert results[0]["tasks"]["nights"]["metrics"] == results[1]["tasks"]["nights"]["metrics"]
+    weights = [next(tower.parameters()) for tower in towers]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_random_weights_with_a_vocabulary_have_a_text_side(world):
@@ -350,13 +396,10 @@ def test_foreign_weights_get_the_figures_of_the_same_weights_in_our_file(world, 
 # ------------------------------------------------------------------------------ comparing
 
 
-def test_earlier_results_are_compared_without_their_checkpoints(world):
-    run(world, world / "base" / "ckpt.pt", out="a")
-    run(world, world / "pi" / "ckpt.pt", out="b")
-    shutil.rmtree(world / "base")
-    out = run(world, world / "a/base.json", world / "b/pi.json", benchmarks="")
-    assert read(out / "comparison.json")["baseline"] == "base"
-    assert "| letters" in (out / "comparison.md").read_text()
+def arms_of(*paths):
+    """Arms for data.results, one from each list of result files."""
+    return [{"name": f"arm {i}", "runs": [results.read_result(path) for path in files]}
+            for i, files in enumerate(paths)]
 
 
 def test_results_on_other_templates_are_not_compared(world):
@@ -364,19 +407,18 @@ def test_results_on_other_templates_are_not_compared(world):
     (world / "sets/wds_letters_test/zeroshot_classification_templates.txt").write_text("the {c}\n")
     run(world, world / "pi" / "ckpt.pt", out="b")
     with pytest.raises(ValueError, match="letters: base and pi had different templates"):
-        run(world, world / "a/base.json", world / "b/pi.json", benchmarks="")
+        results.compare(arms_of([world / "a/base.json"], [world / "b/pi.json"]))
 
 
-def test_arms_of_several_seeds_are_compared_as_arms(world):
+def test_results_of_several_seeds_are_compared_as_arms(world):
     for seed, name in enumerate(("base2", "pi2"), 10):
         draw_checkpoint(world / name / "ckpt.pt", seed)
-    out = run(world, f"plain={world}/base/ckpt.pt,{world}/base2/ckpt.pt",
-              f"ours={world}/pi/ckpt.pt,{world}/pi2/ckpt.pt")
-    comparison = read(out / "comparison.json")
-    assert [run["run"] for run in comparison["arms"]["plain"]] == ["base", "base2"]
-    both = [read(out / f"{name}.json")["tasks"]["letters"]["metrics"]["acc1"]
-            for name in ("pi", "pi2")]
-    value = comparison["sets"]["letters"]["arms"]["ours"]["acc1"]
+    names = ("base", "base2", "pi", "pi2")
+    out = run(world, *(world / name / "ckpt.pt" for name in names))
+    files = [out / f"{name}.json" for name in names]
+    comparison = results.compare(arms_of(files[:2], files[2:]))
+    both = [read(file)["tasks"]["letters"]["metrics"]["acc1"] for file in files[2:]]
+    value = comparison["sets"]["letters"]["arms"]["arm 1"]["acc1"]
     assert (value["mean"], value["sd"]) == pytest.approx((np.mean(both), np.std(both, ddof=1)))
 
 
@@ -428,10 +470,18 @@ def test_a_query_draws_a_row_of_pictures_for_each_checkpoint(world):
 def test_the_nearest_image_to_an_image_of_the_folder_is_itself(world):
     model = evaluate.open_model(str(world / "stage1" / "ckpt.pt"), evaluate.Config(),
                                 torch.device("cpu"))
-    pool = Pool(world / "pairs", 20)
-    (label, similar), = evaluate.nearest_to_image("stage1", model, pool.image(3), pool,
-                                                  torch.device("cpu"))
+    pool = look.read_pool(world / "pairs", 20)
+    (label, similar), = look.nearest_to_image("stage1", model, pool.image(3), pool)
     assert similar.argmax() == 3 and similar[3] == pytest.approx(1, abs=1e-5)
+
+
+def test_unreadable_pairs_are_left_out_and_counted(tmp_path, capsys):
+    good = list(pictures(3, 4))
+    write_shards(tmp_path, [("0", "png", good[0], ["a"]), ("1", "png", b"<html>", ["b"]),
+                            ("2", "png", good[1], ["c", "d"]), ("3", "png", good[2], ["e"])])
+    pool = look.read_pool(tmp_path, 3)
+    assert pool.captions == ["a", "c"] and len(pool) == 2
+    assert "searching 2 images of 4, 1 unreadable ones left out" in capsys.readouterr().out
 
 
 def test_stage_1_answers_an_image_and_refuses_a_text(world):
