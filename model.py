@@ -1,8 +1,8 @@
 """CLIP: the image tower, the text tower, their sizes, and the files that weights live in.
 
-    clip = CLIP(SIZES["ViT-B-32"])                   # random weights
-    clip = load_clip("ViT-B-32.pt")                  # ours, OpenAI's, open_clip's, Hugging Face's
-    export_clip(clip, "clip.pt", "open_clip")        # or "openai"; "huggingface": a folder
+    clip = CLIP(SIZES["ViT-B-32"])               # random weights
+    clip = load_clip("ViT-B-32.pt")              # ours, OpenAI's, open_clip's, Hugging Face's
+    export_clip(clip, "clip.pt", "open_clip")    # or "openai"; "huggingface": a folder
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
 (arXiv 2103.00020). Letters in the shape comments of every file:
@@ -52,7 +52,7 @@ SIZES = {  # the paper's           E    S    P   vision       text
 }
 
 
-# ----------------------------------------- the towers ------------------------------------------
+# --------------------------------------- the towers ---------------------------------------
 
 def linear(d_in, d_out, std, bias=True):
     """A linear layer with normal weights and no initial bias."""
@@ -68,12 +68,12 @@ def attend(q, k, v, heads, causal=False, mask=None):
 
     causal: no token sees those behind it. mask (B, 1, 1, N), bool: which may be seen.
     """
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, M or N, d)
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, ., d)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
         # Written out: on a CPU the fused kernel's backward takes 4 times as long in bf16.
         scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, H, M, N)
         if causal:
-            scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+            scores += torch.full_like(scores[0, 0], -math.inf).triu(1)
         y = scores.softmax(3) @ v  # (B, H, M, d)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -83,8 +83,8 @@ def attend(q, k, v, heads, causal=False, mask=None):
 class Block(nn.Module):
     """Pre-norm transformer block. Its tower hands it the attention: q, k, v -> mixed values.
 
-    Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to PyTorch's
-    defaults; like Hugging Face we treat both alike. The patch embedding keeps the default.
+    Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to
+    PyTorch's defaults; like Hugging Face we treat both alike.
     """
 
     def __init__(self, width, layers, quick_gelu):
@@ -139,7 +139,8 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.patch_size, self.info = config, config.patch_size, {}
         self.recompute = False  # True: activation checkpointing
-        width, layers, std = config.vision_width, config.vision_layers, config.vision_width ** -0.5
+        width, layers = config.vision_width, config.vision_layers
+        std = width ** -0.5
         tokens = 1 + (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.position_embedding = nn.Parameter(std * torch.randn(tokens, width))
@@ -151,7 +152,7 @@ class VisionTower(nn.Module):
         self.projection = linear(width, config.embed_dim, std, bias=False)
 
     def forward(self, images, keep=None, every=False):
-        """-> the class token's embedding (B, E); every=True: all tokens', class first (B, N, E).
+        """-> the class token's embedding (B, E); every=True: all tokens' (B, N, E), it first.
 
         keep (B, K): the patches to run on, counted row by row from 0 (FLIP, arXiv 2212.00794).
         Nothing is interpolated: there must be as many patches as position embeddings.
@@ -168,10 +169,9 @@ class VisionTower(nn.Module):
         x = self.ln_pre(torch.cat([first.expand(len(x), 1, -1), x], 1))  # (B, N, D)
 
         attention = functools.partial(attend, heads=self.config.vision_heads)
-        x = run_blocks(self.blocks[:-1], x, attention, self.recompute)
-        if every:
-            x = run_blocks(self.blocks[-1:], x, attention, self.recompute)
-        else:
+        blocks = self.blocks if every else self.blocks[:-1]
+        x = run_blocks(blocks, x, attention, self.recompute)  # (B, N, D)
+        if not every:
             x = self.blocks[-1].read(x[:, :1], x, attention)  # (B, D)
         return self.projection(self.ln_post(x))
 
@@ -179,9 +179,9 @@ class VisionTower(nn.Module):
 class TextTower(nn.Module):
     """Token ids (B, L) int64 -> embeddings (B, E), not yet of unit length.
 
-    Captions are packed: x is (T, D), the real tokens of all captions one after another, so that
-    linear layers and norms see no padding. Attention alone lays them out as a table
-    (B, longest, D) and takes them back. It is causal: no token sees the padding behind its end.
+    Captions are packed: x is (T, D), the real tokens of all captions one after another. Linear
+    layers and norms see no padding. Attention alone lays the tokens out as a table
+    (B, longest, D) and takes them back. It is causal: none sees the padding behind its end.
     """
 
     def __init__(self, config):
@@ -197,11 +197,13 @@ class TextTower(nn.Module):
         self.projection = linear(width, config.embed_dim, width ** -0.5, bias=False)
 
     def forward(self, tokens, every=False):
-        """-> the end token's embedding (B, E); every=True: all tokens' (B, longest, E), zeros
-        behind the end token, which is the highest id."""
+        """-> the end token's embedding (B, E); every=True: all tokens' (B, longest, E).
+
+        The end token is the highest id; behind it stand zeros.
+        """
         ids, cells, ends, real = self.plan(tokens)
         places = F.embedding(cells % real.shape[1], self.position_embedding)  # (T, D)
-        x = self.token_embedding(ids) + places
+        x = self.token_embedding(ids) + places  # (T, D)
 
         def table(x):  # (T, D) -> (B, longest, D), zeros behind the ends
             rows = x.new_zeros(real.numel(), x.shape[1]).index_copy_(0, cells, x)
@@ -216,18 +218,19 @@ class TextTower(nn.Module):
 
         if self.compiled:  # lengths change with every batch, graphs do not
             attention = torch.compiler.disable(attention)
-        x = run_blocks(self.blocks[:-1], x, attention, self.recompute)
+        blocks = self.blocks if every else self.blocks[:-1]
+        x = run_blocks(blocks, x, attention, self.recompute)  # (T, D)
         if every:
-            x = run_blocks(self.blocks[-1:], x, attention, self.recompute)
             return table(self.projection(self.ln_final(x)))
-        x = self.blocks[-1].read(x.index_select(0, ends)[:, None], x, attention_of_ends)  # (B, D)
+        end_tokens = x.index_select(0, ends)[:, None]  # (B, 1, D)
+        x = self.blocks[-1].read(end_tokens, x, attention_of_ends)  # (B, D)
         return self.projection(self.ln_final(x))
 
     def plan(self, tokens):
-        """Token ids (B, L) -> ids (T,) of the real ones; cells (T,) of a table (B, longest) that
-        they fill, counted row by row; ends (B,), which of them are end tokens; real (B, longest).
+        """Token ids (B, L) -> where the real ones lie, planned on the host without a wait:
 
-        Planned on the host: ids that lie there cost no wait for the device.
+        ids (T,); cells (T,), their cells in a table (B, longest), counted row by row;
+        ends (B,), which of the T are end tokens; real (B, longest), which cells are filled.
         """
         tokens, device = tokens.cpu(), self.position_embedding.device
         lengths = tokens.argmax(1) + 1  # (B,)
@@ -240,7 +243,7 @@ class TextTower(nn.Module):
         return [tensor.to(device, non_blocking=True) for tensor in plan]
 
     def compile(self, **options):
-        """Compiles the blocks in place, for any T; they share one graph, attention outside it."""
+        """Compiles the blocks in place: one graph for any T, with attention outside it."""
         self.compiled = True
         for block in self.blocks:
             block.compile(dynamic=True, **options)
@@ -256,7 +259,8 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vocabulary, self.info = None, {}  # text of the .tiktoken file; origin of the weights
+        self.vocabulary = None  # text of the .tiktoken file
+        self.info = {}  # origin of the weights
         self.text, self.vision = TextTower(config), VisionTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.extra = nn.Module()
@@ -281,29 +285,29 @@ def optimizer_groups(module, weight_decay):
     and position embeddings. Frozen parameters are in neither.
     """
     decayed = {"params": [], "names": [], "weight_decay": weight_decay}
-    plain = {"params": [], "names": [], "weight_decay": 0.0}
+    others = {"params": [], "names": [], "weight_decay": 0.0}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             small = parameter.ndim < 2 or name.endswith("position_embedding")
-            group = plain if small else decayed
+            group = others if small else decayed
             group["params"].append(parameter)
             group["names"].append(name)
-    return [decayed, plain]
+    return [decayed, others]
 
 
-# ------------------------------------------- costs ---------------------------------------------
+# ----------------------------------------- costs ------------------------------------------
 
-PEAK_TFLOPS = {  # dense bf16 by the makers' data sheets; a longer name stands before its beginning
+PEAK_TFLOPS = {  # dense bf16 by the makers' data sheets; "H100" is the last of its kind
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307}
 
 
 def flops_per_pair(config, text_tokens=None):
-    """Floating point operations to train on a pair whose caption has `text_tokens` (None: all 77).
+    """Operations to train on a pair whose caption has `text_tokens` tokens (None: all 77).
 
     A multiply-add is 2. A token costs a layer 6DD (qkv) + 2DD (out) + 16DD (MLP) + 4D * tokens
-    (attention), a patch 6PPD, a projection 2DE; backward is twice forward. ViT-B-32: 3 * (8.82 +
-    5.96) = 44.3 GFLOP. Nominal: padding, masked scores and all of the last blocks count.
+    (attention), a patch 6PPD, a projection 2DE; backward is twice forward. ViT-B-32:
+    3 * (8.82 + 5.96) = 44.3 GFLOP. Masked scores and all of the last blocks count.
     """
     def blocks(tokens, width, layers):
         return layers * tokens * (24 * width ** 2 + 4 * width * tokens)
@@ -317,14 +321,14 @@ def flops_per_pair(config, text_tokens=None):
 
 
 def peak_flops(device_name):
-    """Dense bf16 FLOP/s of a torch.cuda.get_device_name(), or None if it is not in the table."""
+    """Dense bf16 FLOP/s of a torch.cuda.get_device_name(); None if it is unknown."""
     for name, tera in PEAK_TFLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
             return tera * 1e12
     return None
 
 
-# ------------------------------------------- files ---------------------------------------------
+# ----------------------------------------- files ------------------------------------------
 
 def write_checkpoint(path, content):
     """Writes a file that, whenever we are stopped, is the old one or the new one."""
@@ -349,7 +353,7 @@ def read_checkpoint(path):
     from data.weights import read_file
     content = read_file(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project (no format={FORMAT!r} in it)")
+        raise ValueError(f"{path}: not a checkpoint of this project (no format={FORMAT!r})")
     return content
 
 
@@ -365,23 +369,22 @@ def weights_checksum(weights):
 def load_clip(path, device="cpu", quick_gelu=None):
     """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
 
-    Names tell which it is, but not whether its GELU is the quick one: OpenAI's is, Hugging Face's
-    config.json says, a bare open_clip file is not unless `quick_gelu` is True; the choice is
-    printed. One-line ValueError or FileNotFoundError for anything else, naming the tensor.
+    Names tell which it is. Its GELU is the quick one in OpenAI's files, as config.json says in
+    Hugging Face's, and in open_clip's if `quick_gelu` is True; the choice is printed.
+    ValueError or FileNotFoundError for anything else, in one line that names the tensor.
     """
-    module = load(path, quick_gelu)
-    if isinstance(module, VisionTower):
+    clip = load(path, quick_gelu)
+    if isinstance(clip, VisionTower):
         raise ValueError(f"{path}: a vision tower alone (stage 1); a whole CLIP is needed here")
-    return module.to(device)
+    return clip.to(device)
 
 
 def load_vision(path, device="cpu"):
     """The vision tower, in eval mode, of a stage-1 checkpoint or of a CLIP; see load_clip."""
     module = load(path)
-    if isinstance(module, CLIP):
-        module.vision.info = module.info
-        module = module.vision
-    return module.to(device)
+    vision = module if isinstance(module, VisionTower) else module.vision
+    vision.info = module.info
+    return vision.to(device)
 
 
 def load(path, quick_gelu=None):
@@ -390,13 +393,12 @@ def load(path, quick_gelu=None):
     path = files.weights_file(path)
     content = files.read_file(path)
     if content.get("format") == FORMAT:
-        layout, fields = "ours", content["model"]
-        weights = without_extra(content["weights"])
+        layout, fields, weights = "ours", content["model"], without_extra(content["weights"])
     else:
         layout, fields, weights = files.recognise(path, content, quick_gelu)
+    module_type = VisionTower if content.get("kind") == "vision" else CLIP
     with torch.device("meta"):  # shapes without memory or random draws
-        tower_alone = content.get("kind") == "vision"
-        module = (VisionTower if tower_alone else CLIP)(CLIPConfig(**fields))
+        module = module_type(CLIPConfig(**fields))
     weights = files.to_ours(path, weights, module.state_dict(), layout)
     module.load_state_dict(weights, assign=True)
     module.vocabulary = content.get("vocabulary")

@@ -17,19 +17,20 @@ from pathlib import Path
 
 import torch
 
-LAYOUTS = ("ours", "openai", "open_clip", "huggingface")
-# Names of tensors: ours, OpenAI's and open_clip's, Hugging Face's. The first lines are whole names
-# or their beginnings, the last seven parts of a block's names. A "?" stands for q, k and v.
-NAMES = """
-vision.class_embedding    visual.class_embedding        vision_model.embeddings.class_embedding
-vision.position_embedding visual.positional_embedding   vision_model.embeddings.position_embedding.weight
-vision.patch_embed.       visual.conv1.                 vision_model.embeddings.patch_embedding.
+COLUMNS = {"ours": 0, "openai": 1, "open_clip": 1, "huggingface": 2}  # of NAMES
+V, T = "vision_model.embeddings", "text_model.embeddings"  # to keep the table narrow
+# Names of tensors: ours, OpenAI's and open_clip's, Hugging Face's. A row is a whole name or a
+# part of it: the last seven serve every block of both towers. A "?" stands for q, k and v.
+NAMES = f"""
+vision.class_embedding    visual.class_embedding        {V}.class_embedding
+vision.position_embedding visual.positional_embedding   {V}.position_embedding.weight
+vision.patch_embed.       visual.conv1.                 {V}.patch_embedding.
 vision.ln_pre.            visual.ln_pre.                vision_model.pre_layrnorm.
 vision.blocks.            visual.transformer.resblocks. vision_model.encoder.layers.
 vision.ln_post.           visual.ln_post.               vision_model.post_layernorm.
 vision.projection.weight  visual.proj                   visual_projection.weight
-text.token_embedding.     token_embedding.              text_model.embeddings.token_embedding.
-text.position_embedding   positional_embedding          text_model.embeddings.position_embedding.weight
+text.token_embedding.     token_embedding.              {T}.token_embedding.
+text.position_embedding   positional_embedding          {T}.position_embedding.weight
 text.blocks.              transformer.resblocks.        text_model.encoder.layers.
 text.ln_final.            ln_final.                     text_model.final_layer_norm.
 text.projection.weight    text_projection               text_projection.weight
@@ -43,12 +44,12 @@ text.projection.weight    text_projection               text_projection.weight
 """
 CONSTANTS = {"input_resolution": "image_size", "context_length": "context_length",
              "vocab_size": "vocab_size"}  # in OpenAI's state dicts, and only there
-# Files without a config do not tell the number of heads: each is 64 wide, with these exceptions.
+# Files without a config do not tell the number of heads. Each is 64 wide, but for these:
 HEAD_WIDTHS = {"vision": {1280: 80, 96: 32}, "text": {96: 32}}  # by width: ViT-H-14, our toy
 NESTS = ("state_dict", "model_state_dict", "model")  # keys of weights in training checkpoints
 
 
-# ----------------------------------------- reading ---------------------------------------------
+# ---------------------------------------- reading -----------------------------------------
 
 def weights_file(path):
     """The file itself, or that of Hugging Face in a folder."""
@@ -80,7 +81,7 @@ def read_file(path):
         reason = f"it would run {code[1]}" if code else "not a weights file, or one with code"
         raise ValueError(f"{path}: refused, {reason}") from None
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, AssertionError, TypeError,
-            AttributeError, struct.error, zipfile.BadZipFile):  # each seen with random bytes changed
+            AttributeError, struct.error, zipfile.BadZipFile):  # seen with random bytes changed
         raise ValueError(f"{path}: cut short, or not a weights file") from None
     return content if isinstance(content, dict) else {}
 
@@ -112,9 +113,9 @@ class Node:
 def read_torchscript(path):
     """{dotted name: tensor} of the whole tree of modules in a TorchScript archive.
 
-    torch.jit.load would run its code. Without its constants it is what torch.save would have
-    written for these modules, and is read by torch's own safe reader. Their classes, which exist
-    in the archive only, become `Node`; any other name that the pickle calls is refused there.
+    torch.jit.load would run its code, and torch.load refuses it by its constants.pkl. What is
+    left without that is what torch.save would have written, and torch's safe reader opens it.
+    Classes that exist in the archive only become `Node`; any other name is refused there.
     """
     file = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(file, "w") as plain:
@@ -141,10 +142,10 @@ def read_torchscript(path):
     return tensors
 
 
-# -------------------------------- whose weights, and their sizes --------------------------------
+# ----------------------------- whose weights, and their sizes -----------------------------
 
 def recognise(path, content, quick_gelu):
-    """(layout, fields of a CLIPConfig, tensors by name) of a foreign file; prints what it is."""
+    """(layout, fields of a CLIPConfig, {name: tensor}) of a foreign file; prints what it is."""
     tensors, notes = unwrap(path, content)
     layout = "open_clip"
     if names("vision.class_embedding", "huggingface")[0] in tensors:
@@ -171,10 +172,10 @@ def recognise(path, content, quick_gelu):
 
 
 def unwrap(path, content):
-    """(tensors by name, a note) of a foreign file: out of one nest, without one prefix.
+    """({name: tensor}, a note) of a foreign file: out of one nest, without one prefix.
 
-    Training checkpoints keep the weights under a key; DistributedDataParallel, torch.compile and
-    other wrappers put words before every name. ValueError if there are several of either.
+    Training checkpoints keep the weights under a key. DistributedDataParallel, torch.compile
+    and other wrappers put words before every name. ValueError if there are two of either.
     """
     note = ""
     nests = [key for key in NESTS if isinstance(content.get(key), dict)]
@@ -234,7 +235,7 @@ def heads_and_gelu(path):
     """The fields that stand in the config.json beside a Hugging Face file only."""
     file = path.parent / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; heads and activation of {path.name} stand in it")
+        raise FileNotFoundError(f"{file}: missing; it tells the heads of {path.name}")
     config = json.loads(file.read_text())
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
     activations = set()  # defaults as in transformers.CLIPConfig
@@ -248,25 +249,22 @@ def heads_and_gelu(path):
             "quick_gelu": activations == {"quick_gelu"}}
 
 
-# ------------------------------------- names and shapes ----------------------------------------
+# ------------------------------------ names and shapes ------------------------------------
 
 def names(name, layout):
     """What a layout calls our tensor: one name, or three where it parts q, k and v."""
-    if layout not in LAYOUTS:
+    if layout not in COLUMNS:
         raise ValueError(f"layout={layout!r}: openai, open_clip or huggingface")
     for line in NAMES.strip().splitlines():
-        ours, openai, huggingface = line.split()
-        if layout == "huggingface":
-            name = name.replace(ours, huggingface)
-        elif layout != "ours":
-            name = name.replace(ours, openai)
+        row = line.split()
+        name = name.replace(row[0], row[COLUMNS[layout]])
     if "?" in name:
         return [name.replace("?", letter) for letter in "qkv"]
     return [name]
 
 
 def turned(name, layout):
-    """OpenAI stores the projections to the common space as (D, E), a linear layer has (E, D)."""
+    """Whether a tensor is turned: OpenAI's projections are (D, E), a linear layer's (E, D)."""
     return layout in ("openai", "open_clip") and name.endswith(".projection.weight")
 
 
@@ -289,14 +287,14 @@ def to_layout(weights, layout):
 def to_ours(path, theirs, empty, layout):
     """Their state dict -> ours in fp32, if it has the names and shapes of `empty`, ours."""
     wanted = to_layout(empty, layout)  # on the meta device: names and shapes
-    for name in [*wanted, *theirs]:
-        if name not in theirs:
-            raise ValueError(f"{path}: tensor {name} is missing")
-        if name not in wanted:
-            raise ValueError(f"{path}: tensor {name} is none of this model's")
-        if theirs[name].shape != wanted[name].shape:
-            raise ValueError(f"{path}: tensor {name} is {tuple(theirs[name].shape)}, "
-                             f"not {tuple(wanted[name].shape)}")
+    for name in wanted.keys() - theirs.keys():
+        raise ValueError(f"{path}: tensor {name} is missing")
+    for name in theirs.keys() - wanted.keys():
+        raise ValueError(f"{path}: tensor {name} is none of this model's")
+    for name in wanted:
+        found, due = tuple(theirs[name].shape), tuple(wanted[name].shape)
+        if found != due:
+            raise ValueError(f"{path}: tensor {name} is {found}, not {due}")
     ours = {}
     for name, like in empty.items():
         parts = [theirs[called].float() for called in names(name, layout)]
@@ -313,15 +311,15 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ----------------------------------------- writing ---------------------------------------------
+# ---------------------------------------- writing -----------------------------------------
 
 def constants(config, layout):
-    """What an OpenAI file holds besides weights; ValueError if the layout cannot hold the model."""
+    """What an OpenAI file holds besides weights; ValueError if the layout cannot hold it."""
     for tower in ("vision", "text"):
         width, count = config[f"{tower}_width"], config[f"{tower}_heads"]
         if count != heads(width, tower):
-            raise ValueError(f"layout={layout!r} does not store heads: {count} for width {width} "
-                             f"would be read as {heads(width, tower)}; use huggingface")
+            raise ValueError(f"layout={layout!r} does not store heads: {count} for width "
+                             f"{width} would be read as {heads(width, tower)}; use huggingface")
     if layout != "openai":
         return {}
     if not config["quick_gelu"]:
@@ -379,10 +377,13 @@ def tokenizer_files(vocabulary, context_length):
     Latin-1 stand for themselves, the others follow from U+0100 on) and a word ends with "</w>".
     """
     # data/prepare/vocabulary.py goes the other way; tests compare its input with this output
-    spelled = {byte: chr(byte) for byte in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    spelled = {}
     for byte in range(256):
-        if byte not in spelled:
-            spelled[byte] = chr(256 + len(spelled) - 188)  # 188 stand for themselves
+        if 33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte:
+            spelled[byte] = chr(byte)
+    others = [byte for byte in range(256) if byte not in spelled]
+    for number, byte in enumerate(others):
+        spelled[byte] = chr(256 + number)
 
     def spell(token):
         word = token.removesuffix(b"\0") if len(token) > 1 else token  # NUL ends a word
@@ -401,10 +402,10 @@ def tokenizer_files(vocabulary, context_length):
     ids = {spell(token): rank for token, rank in ranks.items()}
     ids |= {start: len(ids), end: len(ids) + 1}
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+    settings = {"tokenizer_class": "CLIPTokenizer", **special, "do_lower_case": True,
+                "model_max_length": context_length}
     return {"vocab.json": json.dumps(ids) + "\n", "merges.txt": "\n".join(merges) + "\n",
-            "special_tokens_map.json": special,
-            "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", **special,
-                                      "do_lower_case": True, "model_max_length": context_length}}
+            "special_tokens_map.json": special, "tokenizer_config.json": settings}
 
 
 def halves(token, ranks):

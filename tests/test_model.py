@@ -458,7 +458,8 @@ def test_flops_are_those_of_the_plain_form(size):
         with FlopCounterMode(display=False) as counter:
             plain_image(clip.vision, images)
             x = torch.empty(1, 77, SIZES[size].text_width)
-            plain_blocks(clip.text.blocks, x, clip.text.heads, causal=True)[:, 0] @ clip.text.projection.weight.T
+            x = plain_blocks(clip.text.blocks, x, clip.text.heads, causal=True)
+            x[:, 0] @ clip.text.projection.weight.T
     assert 3 * counter.get_total_flops() == model.flops_per_pair(SIZES[size])
 
 
@@ -470,6 +471,7 @@ def test_fewer_text_tokens_are_fewer_flops():
 
 @pytest.mark.parametrize("name, tera", [
     ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989),
-    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Some Other GPU", None)])
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+    ("Some Other GPU", None)])
 def test_peak_rates_by_name(name, tera):
     assert model.peak_flops(name) == (tera and tera * 1e12)
