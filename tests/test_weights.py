@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -265,19 +266,32 @@ def test_openais_archive_is_read_in_half_precision(tmp_path):
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
-def test_no_code_of_an_archive_is_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["system", "rmtree"])  # torch blocks the first whatever we allow
+def test_no_code_of_an_archive_is_run(code, tmp_path, monkeypatch):
     path, poisoned = tmp_path / "good.pt", tmp_path / "poisoned.pt"
     torchscript(path, openai_tensors(make_clip(QUICK)))
     monkeypatch.setattr(torch.jit, "load", None)  # nobody calls it
     load_clip(path)
+    (tmp_path / "kept").mkdir()
+    evil = Touch(tmp_path) if code == "system" else Remove(tmp_path / "kept")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(poisoned, "w") as new:
         for name in old.namelist():
             poison = name.endswith("/data.pkl")
-            new.writestr(name, pickle.dumps(Touch(tmp_path), 2) if poison else old.read(name))
-    with pytest.raises(ValueError, match=r"refused.*\.system") as error:
+            new.writestr(name, pickle.dumps(evil, 2) if poison else old.read(name))
+    with pytest.raises(ValueError, match=rf"refused.*\.{code}") as error:
         load_clip(poisoned)
     one_line(error)
-    assert not (tmp_path / "touched").exists()
+    assert not (tmp_path / "touched").exists() and (tmp_path / "kept").exists()
+
+
+class Remove:
+    """Pickled, it is a call of shutil.rmtree."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return shutil.rmtree, (self.folder,)
 
 
 class Touch:
