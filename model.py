@@ -1,22 +1,22 @@
 """CLIP: the image tower, the text tower, their sizes, and the files that weights live in.
 
-    clip = CLIP(SIZES["ViT-B-32"])                   # random weights
-    clip = load_clip("ViT-B-32.pt")                  # ours, OpenAI's, open_clip's, Hugging Face's
-    export_clip(clip, "clip.pt", "open_clip")        # or "openai"; "huggingface": a folder
+    clip = CLIP(SIZES["ViT-B-32"])               # random weights
+    clip = load_clip("ViT-B-32.pt")              # ours, OpenAI's, open_clip's, Hugging Face's
+    export_clip(clip, "clip.pt", "open_clip")    # or "openai"; "huggingface": a folder
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
 (arXiv 2103.00020). Letters in the shape comments of every file:
 
     B batch          N vision tokens (1 + patches)   D width of a tower   E embedding
     S image side     L text tokens (at most 77)      H heads              d = D / H
-    P patch side     T rows of a flat token matrix   C classes
+    P patch side     T real text tokens of a batch   K patches kept       C classes
 """
+import errno
+import functools
 import hashlib
 import math
 import os
-import pickle
 import re
-import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 FORMAT = "perceptual-clip 1"  # the field "format" of every checkpoint of ours
-TEXT_GROUPS = 8  # captions sorted by length run in this many groups, each cut to its longest
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ SIZES = {  # the paper's           E    S    P   vision       text
 }
 
 
+# --------------------------------------- the towers ---------------------------------------
+
 def linear(d_in, d_out, std, bias=True):
     """A linear layer with normal weights and no initial bias."""
     layer = nn.Linear(d_in, d_out, bias)
@@ -63,35 +64,33 @@ def linear(d_in, d_out, std, bias=True):
     return layer
 
 
-def attend(qkv, spans, heads, causal):
-    """Attention within each sequence of a flat matrix (see Block): qkv (T, 3D) -> (T, D)."""
-    mixed, fused = [], qkv.device.type != "cpu" or qkv.dtype != torch.bfloat16
-    for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
-        q, k, v = (x.transpose(1, 2) for x in part.view(count, length, 3, heads, -1).unbind(2))
-        if fused:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
-        else:  # written out: on a CPU the fused kernel's bf16 backward takes 4 times as long
-            scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (count, H, length, length)
-            if causal:
-                scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-            y = scores.softmax(-1) @ v
-        mixed.append(y.transpose(1, 2).reshape(count * length, -1))  # (count * length, D)
-    return torch.cat(mixed)
+def attend(q, k, v, heads, causal=False, mask=None):
+    """Attention of M tokens to N: q (B, M, D), k and v (B, N, D) -> (B, M, D).
+
+    causal: no token sees those behind it. mask (B, 1, 1, N), bool: which may be seen.
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, ., d)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
+        # Written out: on a CPU the fused kernel's backward takes 4 times as long in bf16.
+        scores = (q * q.shape[3] ** -0.5) @ k.mT  # (B, H, M, N)
+        if causal:
+            scores += torch.full_like(scores[0, 0], -math.inf).triu(1)
+        y = scores.softmax(3) @ v  # (B, H, M, d)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a flat matrix of tokens x (T, D).
+    """Pre-norm transformer block. Its tower hands it the attention: q, k, v -> mixed values.
 
-    Sequences lie one after another; `spans`, a tuple of (count, length), says how to cut them:
-    T = sum of count * length. However ragged a batch, all but attention is one matrix product.
-    Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to PyTorch's
-    defaults; like Hugging Face we treat both alike. The patch embedding keeps the default.
+    Initial weights: OpenAI's formulas for its text tower. OpenAI leaves vision blocks to
+    PyTorch's defaults; like Hugging Face we treat both alike.
     """
-    attention = staticmethod(attend)
 
-    def __init__(self, width, layers, heads, quick_gelu):
+    def __init__(self, width, layers, quick_gelu):
         super().__init__()
-        self.heads, self.quick_gelu = heads, quick_gelu
+        self.quick_gelu = quick_gelu
         shrink = (2 * layers) ** -0.5  # two additions to the residual stream a layer
         self.ln_1 = nn.LayerNorm(width)
         self.qkv = linear(width, 3 * width, width ** -0.5)
@@ -100,46 +99,38 @@ class Block(nn.Module):
         self.fc = linear(width, 4 * width, (2 * width) ** -0.5)
         self.proj = linear(4 * width, width, width ** -0.5 * shrink)
 
-    def forward(self, x, spans, causal):
-        """x (T, D) -> (T, D). Only text is causal, and only text is ragged."""
-        qkv = self.qkv(self.ln_1(x))  # (T, 3D)
-        return self.mlp(x + self.out(self.attention(qkv, spans, self.heads, causal)))
+    def forward(self, x, attention):
+        """x (..., D) -> (..., D)."""
+        q, k, v = self.qkv(self.ln_1(x)).chunk(3, dim=-1)  # (..., D)
+        x = x + self.out(attention(q, k, v))
+        return x + self.mlp(self.ln_2(x))
 
-    def read(self, x, spans, rows, ends=None):
-        """The same for one token a sequence: x (T, D), rows (B,) of x -> (B, D).
+    def read(self, token, x, attention):
+        """The same for one token of each sequence: token (B, 1, D), all x (..., D) -> (B, D).
 
         A tower is read at a single token, so its last block needs keys and values of all tokens
-        but one query a sequence: a twelfth less work in ViT-B-32's towers. `ends` (B,): the
-        query's place in its sequence, which hides what is behind it (causal).
+        but one query a sequence: a twelfth less work in ViT-B-32's towers.
         """
-        width, counts, sizes = x.shape[1], [n for n, _ in spans], [n * m for n, m in spans]
-        h = self.ln_1(x)  # (T, D)
-        queries = F.linear(h.index_select(0, rows), self.qkv.weight[:width], self.qkv.bias[:width])
-        keys_values = F.linear(h, self.qkv.weight[width:], self.qkv.bias[width:])  # (T, 2D)
-        ends, mixed = [None] * len(spans) if ends is None else ends.split(counts), []
-        parts = zip(queries.split(counts), keys_values.split(sizes), ends, spans)
-        for q, kv, end, (count, length) in parts:
-            q = q.view(count, 1, self.heads, -1).transpose(1, 2)  # (count, H, 1, d)
-            k, v = kv.view(count, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-            mask = None if end is None else (  # (count, 1, 1, length)
-                torch.arange(length, device=x.device) <= end[:, None, None, None])
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (count, H, 1, d)
-            mixed.append(y.reshape(count, width))  # (count, D)
-        return self.mlp(x.index_select(0, rows) + self.out(torch.cat(mixed)))  # (B, D)
+        width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
+        q = F.linear(self.ln_1(token), weight[:width], bias[:width])  # (B, 1, D)
+        k, v = F.linear(self.ln_1(x), weight[width:], bias[width:]).chunk(2, dim=-1)  # (..., D)
+        x = token + self.out(attention(q, k, v))  # (B, 1, D)
+        return (x + self.mlp(self.ln_2(x))).squeeze(1)
 
     def mlp(self, x):
-        h = self.fc(self.ln_2(x))  # (T, 4D)
-        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
-        return x + self.proj(h)  # (T, D)
+        x = self.fc(x)  # (..., 4D)
+        x = x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x)
+        return self.proj(x)
 
 
-def run_blocks(tower, x, spans, rows, ends=None):
-    """x (T, D) through all blocks -> the tokens at `rows` (B, D); `ends` as in Block.read."""
-    causal = ends is not None
-    for block in tower.blocks[:-1]:  # recompute: keep x only, the backward pass runs it again
-        x = (checkpoint(block, x, spans, causal, use_reentrant=False) if tower.recompute
-             else block(x, spans, causal))
-    return tower.blocks[-1].read(x, spans, rows, ends)
+def run_blocks(blocks, x, attention, recompute):
+    """x (..., D) through blocks. recompute: only x is kept, backward runs each block again."""
+    for block in blocks:
+        if recompute:
+            x = checkpoint(block, x, attention, use_reentrant=False)
+        else:
+            x = block(x, attention)
+    return x
 
 
 class VisionTower(nn.Module):
@@ -149,96 +140,131 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config, self.patch_size, self.info = config, config.patch_size, {}
         self.recompute = False  # True: activation checkpointing
-        width, layers, std = config.vision_width, config.vision_layers, config.vision_width ** -0.5
+        width, layers = config.vision_width, config.vision_layers
+        std = width ** -0.5
         tokens = 1 + (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.position_embedding = nn.Parameter(std * torch.randn(tokens, width))
         self.patch_embed = nn.Linear(3 * config.patch_size ** 2, width, bias=False)
         self.ln_pre = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(
-            Block(width, layers, config.vision_heads, config.quick_gelu) for _ in range(layers))
+            Block(width, layers, config.quick_gelu) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.projection = linear(width, config.embed_dim, std, bias=False)
 
-    def forward(self, images):
-        batch, patch = len(images), self.patch_size
-        x = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, S/P, P, S/P, P)
+    def forward(self, images, keep=None, every=False):
+        """-> the class token's embedding (B, E); every=True: all tokens' (B, N, E), it first.
+
+        keep (B, K): the patches to run on, counted row by row from 0 (FLIP, arXiv 2212.00794).
+        Nothing is interpolated: there must be as many patches as position embeddings.
+        """
+        side = self.patch_size
+        x = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, S/P, P, S/P, P)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N-1, 3PP)
-        x = self.patch_embed(x)  # (B, N-1, D)
-        x = torch.cat([self.class_embedding.expand(batch, 1, -1), x], 1)  # (B, N, D)
-        tokens = x.shape[1]
-        x = self.ln_pre(x + self.position_embedding).flatten(0, 1)  # (B*N, D)
-        rows = torch.arange(0, batch * tokens, tokens, device=x.device)  # class tokens
-        x = run_blocks(self, x, ((batch, tokens),), rows)  # (B, D)
-        return self.projection(self.ln_post(x))  # (B, E)
+        places = self.position_embedding[1:]  # (N-1, D)
+        if keep is not None:
+            x = x.take_along_dim(keep[:, :, None], 1)  # (B, K, 3PP)
+            places = places[keep]  # (B, K, D)
+        x = self.patch_embed(x) + places  # (B, N-1, D)
+        first = self.class_embedding + self.position_embedding[0]  # (D,)
+        x = self.ln_pre(torch.cat([first.expand(len(x), 1, -1), x], 1))  # (B, N, D)
+
+        attention = functools.partial(attend, heads=self.config.vision_heads)
+        blocks = self.blocks if every else self.blocks[:-1]
+        x = run_blocks(blocks, x, attention, self.recompute)  # (B, N, D)
+        if not every:
+            x = self.blocks[-1].read(x[:, :1], x, attention)  # (B, D)
+        return self.projection(self.ln_post(x))
 
 
 class TextTower(nn.Module):
     """Token ids (B, L) int64 -> embeddings (B, E), not yet of unit length.
 
-    Causal, and read at the end token, the highest id: what is behind it is not computed.
+    Captions are packed: x is (T, D), the real tokens of all captions one after another. Linear
+    layers and norms see no padding. Attention alone lays the tokens out as a table
+    (B, longest, D) and takes them back. It is causal: none sees the padding behind its end.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.recompute = False
+        self.heads, self.recompute, self.compiled = config.text_heads, False, False
         width, layers = config.text_width, config.text_layers
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.position_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
         self.blocks = nn.ModuleList(
-            Block(width, layers, config.text_heads, config.quick_gelu) for _ in range(layers))
+            Block(width, layers, config.quick_gelu) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.projection = linear(width, config.embed_dim, width ** -0.5, bias=False)
 
-    def forward(self, tokens):
-        x, spans, rows, ends, back = self.without_padding(tokens)
-        x = run_blocks(self, x, spans, rows, ends).index_select(0, back)  # (B, D)
-        return self.projection(self.ln_final(x))  # (B, E)
+    def forward(self, tokens, every=False):
+        """-> the end token's embedding (B, E); every=True: all tokens' (B, longest, E).
 
-    def compile(self, **options):
-        """Compiles the blocks in place, for any T; they share one graph, attention outside it."""
-        for block in self.blocks:  # lengths change with every batch, graphs do not
-            block.attention = torch.compiler.disable(attend)
-            block.compile(dynamic=True, **options)
-
-    def without_padding(self, tokens):
-        """Sorts captions by length and cuts them into groups, each to its longest.
-
-        tokens (B, L) -> x (T, D) embedded; spans of the groups; rows (B,) of x with the end
-        tokens; ends (B,), their places in the captions; back (B,), which undoes the sorting.
-        Lengths are read on the host: ids that lie there cost no wait for the device. The last i
-        of K groups hold (i/K)^2 of the captions, for at the long end lengths differ most:
-        captions of 17 tokens in the mean then cost about 20 each, not 77.
+        The end token is the highest id; behind it stand zeros.
         """
-        device, tokens = self.position_embedding.device, tokens.cpu()
-        ends, order = tokens.argmax(1).sort()
-        parts = [1 - (i / TEXT_GROUPS) ** 2 for i in range(TEXT_GROUPS + 1)]
-        cuts = sorted({round(len(tokens) * part) for part in parts})  # fewer if the batch is small
-        ids, rows, spans, total = [], [], [], 0
-        for first, last in zip(cuts, cuts[1:]):
-            count, length = last - first, int(ends[last - 1]) + 1
-            ids.append(tokens[order[first:last], :length].flatten())  # (count * length,)
-            rows.append(total + length * torch.arange(count) + ends[first:last])  # (count,)
-            spans.append((count, length))
-            total += count * length
-        plan = [torch.cat(ids), torch.cat(rows), ends, order.argsort()]
+        ids, cells, ends, real = self.plan(tokens)
+        places = F.embedding(cells % real.shape[1], self.position_embedding)  # (T, D)
+        x = self.token_embedding(ids) + places  # (T, D)
+
+        def table(x):  # (T, D) -> (B, longest, D), zeros behind the ends
+            rows = x.new_zeros(real.numel(), x.shape[1]).index_copy_(0, cells, x)
+            return rows.unflatten(0, real.shape)
+
+        def attention(q, k, v):  # each (T, D) -> (T, D)
+            y = attend(table(q), table(k), table(v), self.heads, causal=True)
+            return y.flatten(0, 1).index_select(0, cells)
+
+        def attention_of_ends(q, k, v):  # (B, 1, D), (T, D), (T, D) -> (B, 1, D)
+            return attend(q, table(k), table(v), self.heads, mask=real[:, None, None])
+
+        if self.compiled:  # lengths change with every batch, graphs do not
+            attention = torch.compiler.disable(attention)
+        blocks = self.blocks if every else self.blocks[:-1]
+        x = run_blocks(blocks, x, attention, self.recompute)  # (T, D)
+        if every:
+            return table(self.projection(self.ln_final(x)))
+        end_tokens = x.index_select(0, ends)[:, None]  # (B, 1, D)
+        x = self.blocks[-1].read(end_tokens, x, attention_of_ends)  # (B, D)
+        return self.projection(self.ln_final(x))
+
+    def plan(self, tokens):
+        """Token ids (B, L) -> where the real ones lie, planned on the host without a wait:
+
+        ids (T,); cells (T,), their cells in a table (B, longest), counted row by row;
+        ends (B,), which of the T are end tokens; real (B, longest), which cells are filled.
+        """
+        tokens, device = tokens.cpu(), self.position_embedding.device
+        lengths = tokens.argmax(1) + 1  # (B,)
+        real = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, longest)
+        cells = real.flatten().nonzero().squeeze(1)  # (T,)
+        ids = tokens[:, :real.shape[1]].flatten()[cells]  # (T,)
+        plan = [ids, cells, lengths.cumsum(0) - 1, real]
         if device.type == "cuda":  # a copy from pinned memory does not stop the host
             plan = [tensor.pin_memory() for tensor in plan]
-        ids, rows, ends, back = (tensor.to(device, non_blocking=True) for tensor in plan)
-        places = torch.cat([self.position_embedding[:m].repeat(n, 1) for n, m in spans])  # (T, D)
-        return self.token_embedding(ids) + places, tuple(spans), rows, ends, back
+        return [tensor.to(device, non_blocking=True) for tensor in plan]
+
+    def compile(self, **options):
+        """Compiles the blocks in place: one graph for any T, with attention outside it."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(dynamic=True, **options)
 
 
 class CLIP(nn.Module):
-    """Both towers and `logit_scale`, the log of the factor on the cosines (1 / temperature)."""
+    """Both towers and `logit_scale`, the log of the factor on the cosines (1 / temperature).
+
+    `extra` is for what only training needs: recipes hang parameters and modules on it. They are
+    in the state dict; load_clip, load_vision and export_clip leave them out.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vocabulary, self.info = None, {}  # text of the .tiktoken file; origin of the weights
+        self.vocabulary = None  # text of the .tiktoken file
+        self.info = {}  # origin of the weights
         self.text, self.vision = TextTower(config), VisionTower(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.extra = nn.Module()
 
     def encode_image(self, images):
         """Images (B, 3, S, S), normalised -> (B, E) of unit length, in the weights' fp32."""
@@ -259,21 +285,30 @@ def optimizer_groups(module, weight_decay):
     Not decayed: what has less than two dimensions (gains, biases, class embedding, temperature)
     and position embeddings. Frozen parameters are in neither.
     """
-    groups = [{"params": [], "names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)]
+    decayed = {"params": [], "names": [], "weight_decay": weight_decay}
+    others = {"params": [], "names": [], "weight_decay": 0.0}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            group = groups[parameter.ndim < 2 or name.endswith("position_embedding")]
+            small = parameter.ndim < 2 or name.endswith("position_embedding")
+            group = others if small else decayed
             group["params"].append(parameter)
             group["names"].append(name)
-    return groups
+    return [decayed, others]
+
+
+# ----------------------------------------- costs ------------------------------------------
+
+PEAK_TFLOPS = {  # dense bf16 by the makers' data sheets; "H100" is the last of its kind
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+    "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307}
 
 
 def flops_per_pair(config, text_tokens=None):
-    """Floating point operations to train on a pair whose caption has `text_tokens` (None: all 77).
+    """Operations to train on a pair whose caption has `text_tokens` tokens (None: all 77).
 
     A multiply-add is 2. A token costs a layer 6DD (qkv) + 2DD (out) + 16DD (MLP) + 4D * tokens
-    (attention), a patch 6PPD, a projection 2DE; backward is twice forward. ViT-B-32: 3 * (8.82 +
-    5.96) = 44.3 GFLOP. Nominal: padding, masked scores and all of the last blocks count.
+    (attention), a patch 6PPD, a projection 2DE; backward is twice forward. ViT-B-32:
+    3 * (8.82 + 5.96) = 44.3 GFLOP. Masked scores and all of the last blocks count.
     """
     def blocks(tokens, width, layers):
         return layers * tokens * (24 * width ** 2 + 4 * width * tokens)
@@ -281,19 +316,20 @@ def flops_per_pair(config, text_tokens=None):
     patches = (config.image_size // config.patch_size) ** 2
     vision = blocks(1 + patches, config.vision_width, config.vision_layers)
     text = blocks(text_tokens or config.context_length, config.text_width, config.text_layers)
-    ends = 6 * patches * config.patch_size ** 2 * config.vision_width
-    ends += 2 * (config.vision_width + config.text_width) * config.embed_dim
-    return 3.0 * (vision + text + ends)
+    patch_embed = 6 * patches * config.patch_size ** 2 * config.vision_width
+    projections = 2 * (config.vision_width + config.text_width) * config.embed_dim
+    return 3.0 * (vision + text + patch_embed + projections)
 
 
 def peak_flops(device_name):
-    """Dense bf16 FLOP/s by its maker's data sheet of a torch.cuda.get_device_name(), or None."""
-    tera = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362,
-            "L4": 121, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307}
-    return next((1e12 * tera[n] for n in tera if re.search(rf"\b{n}\b", device_name)), None)
+    """Dense bf16 FLOP/s of a torch.cuda.get_device_name(); None if it is unknown."""
+    for name, tera in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return tera * 1e12
+    return None
 
 
-# ------------------------------------------ files ----------------------------------------------
+# ----------------------------------------- files ------------------------------------------
 
 def write_checkpoint(path, content):
     """Writes a file that, whenever we are stopped, is the old one or the new one."""
@@ -305,8 +341,13 @@ def write_checkpoint(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)  # the new name has to reach the disk as well
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as some network disks answer
+                raise
+        finally:
+            os.close(folder)
     except RuntimeError as error:  # torch's zip writer hides the OSError that stopped it
         raise OSError(f"{path}: {error.__context__ or error}") from None
     finally:
@@ -324,43 +365,12 @@ def host_copy(value):
     return value
 
 
-def copy_weights(path, module):
-    """Put the weights of a file into a CLIP or VisionTower of the same shape, every tensor.
-
-    Returns the line that says so. ValueError if a size differs.
-    """
-    kind = "vision" if isinstance(module, VisionTower) else "clip"
-    source = load(path, kind, None)
-    for field, ours in asdict(module.config).items():
-        theirs, of_text = getattr(source.config, field), field.startswith(("text", "vocab", "context"))
-        if theirs != ours and (kind == "clip" or not of_text):
-            raise ValueError(f"{path}: its {field} is {theirs}, this run's {ours}")
-    module.load_state_dict(source.state_dict())
-    return (f"{path}: {len(source.state_dict())} tensors, "
-            f"checksum {weights_checksum(source.state_dict())}")
-
-
-def read_file(path):
-    """A file of torch.save as a dict, without running code from it; errors take one line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights are expected")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-        reason = f"it would run {code[1]}" if code else "not a weights file, or one with code"
-        raise ValueError(f"{path}: refused, {reason}") from None
-    except (RuntimeError, EOFError, LookupError, ValueError, AssertionError, TypeError,
-            AttributeError, struct.error):  # each seen with random bytes changed
-        raise ValueError(f"{path}: cut short, or not a weights file") from None
-    return content if isinstance(content, dict) else {}
-
-
 def read_checkpoint(path):
     """One of our checkpoints as a dict; one-line ValueError or FileNotFoundError otherwise."""
+    from data.weights import read_file
     content = read_file(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project (no format={FORMAT!r} in it)")
+        raise ValueError(f"{path}: not a checkpoint of this project (no format={FORMAT!r})")
     return content
 
 
@@ -376,39 +386,63 @@ def weights_checksum(weights):
 def load_clip(path, device="cpu", quick_gelu=None):
     """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
 
-    Names tell which it is, but not whether its GELU is the quick one: OpenAI's is, Hugging Face's
-    config.json says, a bare open_clip file is not unless `quick_gelu` is True; the choice is
-    printed. One-line ValueError or FileNotFoundError for anything else, naming the tensor.
+    Names tell which it is. Its GELU is the quick one in OpenAI's files, as config.json says in
+    Hugging Face's, and in open_clip's if `quick_gelu` is True; the choice is printed.
+    ValueError or FileNotFoundError for anything else, in one line that names the tensor.
     """
-    return load(path, "clip", quick_gelu).to(device)
+    clip = load(path, quick_gelu)
+    if isinstance(clip, VisionTower):
+        raise ValueError(f"{path}: a vision tower alone (stage 1); a whole CLIP is needed here")
+    return clip.to(device)
 
 
 def load_vision(path, device="cpu"):
     """The vision tower, in eval mode, of a stage-1 checkpoint or of a CLIP; see load_clip."""
-    return load(path, "vision", None).to(device)
+    module = load(path)
+    vision = module if isinstance(module, VisionTower) else module.vision
+    vision.info = module.info
+    return vision.to(device)
 
 
-def load(path, kind, quick_gelu):
+def load(path, quick_gelu=None):
     """The module in a weights file: all its tensors and no other, each in its shape."""
-    from data import weights as foreign  # only to read and write files is this needed
-    path = foreign.weights_file(path)
-    content = foreign.read_archive(path) or read_file(path)
-    stage_1 = content.get("kind") == "vision"
-    if stage_1 and kind == "clip":
-        raise ValueError(f"{path}: a vision tower alone (stage 1); a whole CLIP is needed here")
+    from data import weights as files  # only to read and write files is this needed
+    path = files.weights_file(path)
+    content = files.read_file(path)
     if content.get("format") == FORMAT:
-        layout, fields, weights = "ours", content["model"], content["weights"]
+        layout, fields, weights = "ours", content["model"], without_extra(content["weights"])
     else:
-        layout, fields, weights = foreign.recognise(path, content, quick_gelu)
+        layout, fields, weights = files.recognise(path, content, quick_gelu)
+    module_type = VisionTower if content.get("kind") == "vision" else CLIP
     with torch.device("meta"):  # shapes without memory or random draws
-        module = (VisionTower if stage_1 else CLIP)(CLIPConfig(**fields))
-    module.load_state_dict(foreign.to_ours(path, weights, module.state_dict(), layout), assign=True)
-    if not stage_1:
-        module.vocabulary = content.get("vocabulary")
-        module = module if kind == "clip" else module.vision
-    module.info = {"path": str(path), "sha256": foreign.sha256(path), "format": layout,
+        module = module_type(CLIPConfig(**fields))
+    weights = files.to_ours(path, weights, module.state_dict(), layout)
+    module.load_state_dict(weights, assign=True)
+    module.vocabulary = content.get("vocabulary")
+    module.info = {"path": str(path), "sha256": files.sha256(path), "format": layout,
                    "step": content.get("step"), "samples": content.get("samples")}
     return module.eval()
+
+
+def copy_weights(path, module):
+    """Put the weights of a file into a CLIP or VisionTower of the same shape, every tensor.
+
+    Returns a line that says so. ValueError if a size differs.
+    """
+    whole = isinstance(module, CLIP)
+    source = load_clip(path) if whole else load_vision(path)
+    for field, ours in asdict(module.config).items():
+        theirs, of_text = getattr(source.config, field), field.startswith(("text", "vocab", "cont"))
+        if theirs != ours and (whole or not of_text):
+            raise ValueError(f"{path}: its {field} is {theirs}, this run's {ours}")
+    weights = source.state_dict()
+    module.load_state_dict(weights)
+    return f"{path}: {len(weights)} tensors, checksum {weights_checksum(weights)}"
+
+
+def without_extra(weights):
+    """A state dict without what hangs in CLIP.extra."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("extra.")}
 
 
 def export_clip(clip, path, layout):
@@ -417,9 +451,9 @@ def export_clip(clip, path, layout):
     The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
     layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
     """
-    from data import weights as foreign
-    weights = foreign.to_layout(clip.state_dict(), layout)
+    from data import weights as files
+    weights = files.to_layout(without_extra(clip.state_dict()), layout)
     if layout == "huggingface":
-        foreign.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
+        files.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
     else:
-        write_checkpoint(path, weights | foreign.constants(asdict(clip.config), layout))
+        write_checkpoint(path, weights | files.constants(asdict(clip.config), layout))

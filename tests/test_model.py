@@ -1,4 +1,5 @@
 """The towers equal CLIP written out by hand and transformers' CLIP; their parts do as they say."""
+import copy
 import math
 import re
 from dataclasses import asdict, replace
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import CLIP, SIZES, CLIPConfig, TextTower, VisionTower
+from model import CLIP, SIZES, CLIPConfig, VisionTower
 
 SMALL = CLIPConfig(embed_dim=24, image_size=32, patch_size=8, vision_width=40, vision_layers=3,
                    vision_heads=2, context_length=20, vocab_size=50, text_width=36, text_layers=3,
@@ -45,12 +46,12 @@ def contrastive_loss(image_emb, text_emb, scale):
 
 # -------------------------------------------------------------------------- CLIP, written out plain
 
-def plain_blocks(tower, x, causal):
+def plain_blocks(blocks, x, heads, causal):
     """x (B, N, D): every token through every block, attention as the softmax of a product."""
-    for block in tower.blocks:
+    for block in blocks:
         h = F.layer_norm(x, x.shape[2:], block.ln_1.weight, block.ln_1.bias)
         q, k, v = (h @ block.qkv.weight.T + block.qkv.bias).chunk(3, dim=2)
-        q, k, v = (t.unflatten(2, (block.heads, -1)).movedim(2, 1) for t in (q, k, v))
+        q, k, v = (t.unflatten(2, (heads, -1)).movedim(2, 1) for t in (q, k, v))
         scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, H, N, N)
         if causal:
             later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
@@ -64,19 +65,22 @@ def plain_blocks(tower, x, causal):
     return x
 
 
-def plain_image(tower, images):
+def plain_image(tower, images, keep=None, every=False):
     side = tower.config.patch_size
     x = F.conv2d(images, tower.patch_embed.weight.unflatten(1, (3, side, side)), stride=side)
     x = x.flatten(2).mT  # (B, N-1, D)
     x = torch.cat([tower.class_embedding.expand(len(x), 1, -1), x], 1) + tower.position_embedding
-    x = plain_blocks(tower, tower.ln_pre(x), causal=False)
-    return tower.ln_post(x[:, 0]) @ tower.projection.weight.T
+    if keep is not None:
+        x = torch.stack([row[[0, *(1 + kept).tolist()]] for row, kept in zip(x, keep)])
+    x = plain_blocks(tower.blocks, tower.ln_pre(x), tower.config.vision_heads, causal=False)
+    return tower.ln_post(x if every else x[:, 0]) @ tower.projection.weight.T
 
 
-def plain_text(tower, tokens):
+def plain_text(tower, tokens, every=False):
     x = tower.token_embedding.weight[tokens] + tower.position_embedding[:tokens.shape[1]]
-    x = plain_blocks(tower, x, causal=True)
-    x = x[torch.arange(len(x)), tokens.argmax(1)]
+    x = plain_blocks(tower.blocks, x, tower.heads, causal=True)
+    if not every:
+        x = x[torch.arange(len(x)), tokens.argmax(1)]
     return tower.ln_final(x) @ tower.projection.weight.T
 
 
@@ -94,7 +98,7 @@ def gradients(clip, outputs):
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 13, 64])
 def test_towers_equal_the_plain_form(quick_gelu, batch):
-    """Groups sorted by length = padded to 77; class and end token alone = all tokens; fused
+    """Packed captions = padded ones; class and end token alone = all tokens; fused
     attention = softmax; patches by reshape = convolution: values and gradients, in fp64, where
     only rounding (1e-16 an operation) parts them."""
     clip = make_clip(replace(SMALL, quick_gelu=quick_gelu)).double()
@@ -151,13 +155,11 @@ def test_a_repeated_end_token_is_padding():
 
 def test_a_token_changes_later_positions_only():
     tower = make_clip().text
-    spans = ((1, 20),)
-    x = torch.randn(20, SMALL.text_width)
-    other = x.clone()
-    other[12] += 1.0
-    for block in tower.blocks:
-        x, other = block(x, spans, causal=True), block(other, spans, causal=True)
-    assert torch.equal(x[:12], other[:12]) and (x[12:] != other[12:]).any(dim=1).all()
+    tokens = make_batch(batch=1)[1]  # (1, 20), all real
+    other = tokens.clone()
+    other[0, 12] = 1 + (tokens[0, 12] + 1) % 40
+    x, y = tower(tokens, every=True)[0], tower(other, every=True)[0]  # (20, E)
+    assert torch.equal(x[:12], y[:12]) and (x[12:] != y[12:]).any(dim=1).all()
 
 
 def test_captions_may_be_cut_to_their_longest():
@@ -172,34 +174,88 @@ def test_captions_do_not_depend_on_their_order():
     tokens = make_batch(batch=40)[1]
     order = torch.randperm(40)
     torch.testing.assert_close(clip.encode_text(tokens)[order], clip.encode_text(tokens[order]),
-                               rtol=0, atol=1e-6)  # sums in groups of other sizes
+                               rtol=0, atol=1e-6)  # products of other tilings
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_written_out_for_bf16_is_the_fused_kernels(causal):
     """In bf16 on a CPU it stands as matrix products; result and gradient are those of fp32."""
-    spans, heads = ((3, 5), (2, 9)), 4
     draw = torch.Generator().manual_seed(0)
-    qkv = torch.randn(33, 3 * 32, generator=draw).bfloat16().requires_grad_()   # (T, 3D)
+    qkv = torch.randn(3, 9, 3 * 32, generator=draw).bfloat16().requires_grad_()  # (B, N, 3D)
     exact = qkv.detach().float().requires_grad_()
-    grad = torch.randn(33, 32, generator=draw)                                  # (T, D)
-    ours, fused = (model.attend(x, spans, heads, causal) for x in (qkv, exact))
+    grad = torch.randn(3, 9, 32, generator=draw)                                 # (B, N, D)
+    ours, fused = (model.attend(*x.chunk(3, 2), heads=4, causal=causal) for x in (qkv, exact))
+    assert ours.shape == fused.shape == (3, 9, 32) and ours.dtype == torch.bfloat16
     ours.backward(grad.bfloat16())
     fused.backward(grad)
-    assert ours.dtype == torch.bfloat16
     for found, wanted in ((ours, fused), (qkv.grad, exact.grad)):  # bf16 keeps 8 bits
         torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
 
 
-def test_captions_of_17_tokens_cost_about_20():
-    """Lengths as of web captions: log-normal, mean 17, some as long as 77."""
-    draw = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(1024, generator=draw).mul(0.62).add(2.55).exp() + 2).long().clamp(3, 77)
-    tokens = torch.ones(1024, 77, dtype=torch.int64)
-    tokens[torch.arange(1024), lengths - 1] = 49
-    x, spans, *_ = TextTower(replace(SMALL, context_length=77)).without_padding(tokens)
-    assert len(x) == sum(count * length for count, length in spans)
-    assert lengths.float().mean() < len(x) / 1024 < 1.25 * lengths.float().mean()
+# ------------------------------------------------------------- packed captions, patches, all tokens
+
+def test_linear_layers_see_the_real_tokens_of_captions_and_no_other():
+    tower, tokens = make_clip().text, make_batch()[1]
+    lengths, seen = tokens.argmax(1) + 1, []
+    for layer in (tower.blocks[0].fc, tower.blocks[1].qkv, tower.blocks[2].fc):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].shape))
+    assert tower(tokens).shape == (13, SMALL.embed_dim)
+    total, width = int(lengths.sum()), SMALL.text_width
+    assert seen == [(total, width), (total, width), (13, 1, width)]
+
+
+def test_the_plan_says_where_each_token_lies():
+    tower = make_clip().text
+    tokens = torch.tensor([[48, 7, 49, 0, 0], [48, 49, 49, 49, 49], [48, 5, 6, 49, 3]])
+    ids, cells, ends, real = tower.plan(tokens)
+    assert ids.tolist() == [48, 7, 49, 48, 49, 48, 5, 6, 49]
+    assert cells.tolist() == [0, 1, 2, 4, 5, 8, 9, 10, 11]  # of rows of 4
+    assert ends.tolist() == [2, 4, 8]
+    assert real.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_every_text_token_is_that_of_the_plain_form_and_zero_behind_the_end():
+    tower, tokens = make_clip().text.double(), make_batch()[1]
+    tokens = tokens[tokens.argmax(1) < 15]
+    ends = tokens.argmax(1)
+    longest = int(ends.max()) + 1
+    ours = tower(tokens, every=True)
+    assert ours.shape == (len(tokens), longest, SMALL.embed_dim)
+    behind = torch.arange(longest) > ends[:, None]
+    assert behind.any() and not ours[behind].any()
+    plain = plain_text(tower, tokens[:, :longest], every=True)
+    torch.testing.assert_close(ours[~behind], plain[~behind], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours[range(len(ends)), ends], tower(tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_every_vision_token_is_that_of_the_plain_form():
+    tower, images = make_clip().vision.double(), make_batch()[0].double()
+    ours = tower(images, every=True)
+    assert ours.shape == (13, 17, SMALL.embed_dim)
+    torch.testing.assert_close(ours, plain_image(tower, images, every=True), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours[:, 0], tower(images), rtol=1e-10, atol=1e-10)
+
+
+def test_kept_patches_alone_are_seen_each_at_its_place():
+    """Against the plain form on the kept tokens; other pixels change nothing; order neither."""
+    tower, images = make_clip().vision.double(), make_batch()[0].double()
+    keep = torch.rand(13, 16, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :5]
+    ours = tower(images, keep=keep)
+    assert ours.shape == (13, SMALL.embed_dim)
+    assert tower(images, keep=keep, every=True).shape == (13, 6, SMALL.embed_dim)
+    torch.testing.assert_close(ours, plain_image(tower, images, keep), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours, tower(images, keep=keep.flip(1)), rtol=1e-10, atol=1e-10)
+    everything = torch.arange(16).expand(13, -1)
+    torch.testing.assert_close(tower(images, keep=everything), tower(images), rtol=1e-10, atol=1e-10)
+    patch = int(min(set(range(16)) - set(keep[0].tolist())))
+    row, column = divmod(patch, 4)
+    images[0, :, 8 * row:8 * row + 8, 8 * column:8 * column + 8] = 5.0
+    assert torch.equal(tower(images, keep=keep), ours)
+
+
+def test_images_of_another_size_than_the_position_embedding_are_not_interpolated():
+    with pytest.raises(RuntimeError):
+        make_clip().vision(torch.zeros(1, 3, 40, 40))
 
 
 # ----------------------------------------------------------------------------- against transformers
@@ -322,6 +378,30 @@ def test_each_parameter_is_in_one_group():
                                                 for name in plain["names"]]
 
 
+def test_extra_is_trained_saved_and_copied_but_is_no_part_of_the_model(tmp_path):
+    """A parameter, a module and a frozen copy, as recipes hang them on it."""
+    clip = make_clip()
+    plain = clip.state_dict()
+    assert not list(clip.extra.parameters())
+    clip.extra.teacher = copy.deepcopy(clip).requires_grad_(False)
+    clip.extra.bias = torch.nn.Parameter(torch.tensor(-10.0))
+    clip.extra.head = torch.nn.Linear(4, 2)
+    clip.extra.position_embedding = torch.nn.Parameter(torch.zeros(3, 4))
+    saved = clip.state_dict()
+    assert {name.removeprefix("extra.teacher.") for name in saved} >= plain.keys()
+    decayed, other = model.optimizer_groups(clip, 0.1)
+    assert [name for name in decayed["names"] if "extra" in name] == ["extra.head.weight"]
+    assert [name for name in other["names"] if "extra" in name] == [
+        "extra.bias", "extra.position_embedding", "extra.head.bias"]
+    model.write_checkpoint(tmp_path / "ckpt.pt", {
+        "format": model.FORMAT, "kind": "clip", "model": asdict(SMALL), "weights": saved})
+    for loaded in (model.load_clip(tmp_path / "ckpt.pt").state_dict(),
+                   {f"vision.{name}": tensor for name, tensor in
+                    model.load_vision(tmp_path / "ckpt.pt").state_dict().items()}):
+        assert loaded and all(torch.equal(plain[name], loaded[name]) for name in loaded)
+    assert model.load_clip(tmp_path / "ckpt.pt").state_dict().keys() == plain.keys()
+
+
 def test_frozen_parameters_are_in_no_group():
     tower = VisionTower(SMALL)
     for name, parameter in tower.named_parameters():
@@ -343,7 +423,8 @@ def test_compiled_text_tower_has_one_graph_for_batches_of_any_lengths():
     names = list(clip.state_dict())
     clip.text.compile(backend=keep)
     for seed in range(20):
-        tokens = make_batch(batch=64, seed=seed)[1]
+        tokens = make_batch(batch=64 - seed, seed=seed)[1]
+        tokens = tokens[tokens.argmax(1) < 20 - seed % 5]  # other sizes and longest captions
         torch.testing.assert_close(clip.text(tokens), plain_text(clip.text, tokens),
                                    rtol=1e-5, atol=1e-5)
     assert len(graphs) == 2  # a block before its attention, and behind it
@@ -377,7 +458,8 @@ def test_flops_are_those_of_the_plain_form(size):
         with FlopCounterMode(display=False) as counter:
             plain_image(clip.vision, images)
             x = torch.empty(1, 77, SIZES[size].text_width)
-            plain_blocks(clip.text, x, causal=True)[:, 0] @ clip.text.projection.weight.T
+            x = plain_blocks(clip.text.blocks, x, clip.text.heads, causal=True)
+            x[:, 0] @ clip.text.projection.weight.T
     assert 3 * counter.get_total_flops() == model.flops_per_pair(SIZES[size])
 
 
@@ -389,6 +471,7 @@ def test_fewer_text_tokens_are_fewer_flops():
 
 @pytest.mark.parametrize("name, tera", [
     ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989),
-    ("NVIDIA H100 PCIe", 756), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("Some Other GPU", None)])
+    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+    ("Some Other GPU", None)])
 def test_peak_rates_by_name(name, tera):
     assert model.peak_flops(name) == (tera and tera * 1e12)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -73,12 +74,44 @@ def test_each_layout_returns_bit_equal(layout, config, tmp_path):
     assert loaded.info["format"] == layout
 
 
-@pytest.mark.parametrize("pack", [lambda weights: {"epoch": 3, "state_dict": {
-    f"module.{name}": tensor for name, tensor in weights.items()}}, dict])
-def test_open_clips_training_checkpoints_are_read(pack, tmp_path):
+@pytest.mark.parametrize("layout", ["open_clip", "huggingface"])
+@pytest.mark.parametrize("nest, prefix", [
+    ("state_dict", "module."), ("state_dict", ""), ("", "module."), ("model", ""),
+    ("model_state_dict", "module._orig_mod."), ("state_dict", "model."), ("", "_orig_mod."),
+    ("", "clip_model."), ("", "")])
+def test_one_nest_and_one_prefix_are_read_and_said(nest, prefix, layout, tmp_path, capsys):
     clip = make_clip()
-    torch.save(pack(foreign.to_layout(clip.state_dict(), "open_clip")), tmp_path / "epoch_3.pt")
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="pip install safetensors")
+        export_clip(clip, tmp_path, layout)  # the config.json
+    weights = foreign.to_layout(clip.state_dict(), layout)
+    weights = {prefix + name: tensor for name, tensor in weights.items()}
+    torch.save({"epoch": 3, nest: weights} if nest else weights, tmp_path / "epoch_3.pt")
     assert same_bits(clip, load_clip(tmp_path / "epoch_3.pt"))
+    said, = capsys.readouterr().out.splitlines()
+    assert (f"under '{nest}'" in said) == bool(nest)
+    assert (f"names without '{prefix}'" in said) == bool(prefix)
+
+
+def test_several_nests_or_prefixes_are_refused_by_name(tmp_path):
+    weights, path = foreign.to_layout(make_clip().state_dict(), "open_clip"), tmp_path / "two.pt"
+    torch.save({"model": weights, "state_dict": weights}, path)
+    with pytest.raises(ValueError, match="state_dict and model") as error:
+        load_clip(path)
+    one_line(error)
+    torch.save({prefix + name: tensor for name, tensor in weights.items()
+                for prefix in ("student.", "teacher.")}, path)
+    with pytest.raises(ValueError, match="'student.' and 'teacher.'") as error:
+        load_clip(path)
+    one_line(error)
+
+
+def test_what_hangs_in_extra_is_not_exported(tmp_path):
+    clip = make_clip()
+    export_clip(clip, tmp_path / "plain.pt", "open_clip")
+    clip.extra.bias = nn.Parameter(torch.zeros(()))
+    export_clip(clip, tmp_path / "extra.pt", "open_clip")
+    assert torch.load(tmp_path / "plain.pt").keys() == torch.load(tmp_path / "extra.pt").keys()
 
 
 def test_a_bare_file_is_gelu_unless_told_and_says_so(tmp_path, capsys):
@@ -143,7 +176,7 @@ def test_a_hugging_face_folder_or_file_is_read(suffix, tmp_path):
     export_clip(clip, tmp_path, "huggingface")
     file = tmp_path / "model.safetensors"
     if suffix == "bin":  # as before safetensors; old files hold position ids, which are no weights
-        tensors = foreign.read_archive(file) | {
+        tensors = foreign.read_file(file) | {
             "text_model.embeddings.position_ids": torch.arange(12)[None]}
         file.unlink()
         file = tmp_path / "pytorch_model.bin"
@@ -233,19 +266,32 @@ def test_openais_archive_is_read_in_half_precision(tmp_path):
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
-def test_no_code_of_an_archive_is_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["system", "rmtree"])  # torch blocks the first whatever we allow
+def test_no_code_of_an_archive_is_run(code, tmp_path, monkeypatch):
     path, poisoned = tmp_path / "good.pt", tmp_path / "poisoned.pt"
     torchscript(path, openai_tensors(make_clip(QUICK)))
     monkeypatch.setattr(torch.jit, "load", None)  # nobody calls it
     load_clip(path)
+    (tmp_path / "kept").mkdir()
+    evil = Touch(tmp_path) if code == "system" else Remove(tmp_path / "kept")
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(poisoned, "w") as new:
         for name in old.namelist():
             poison = name.endswith("/data.pkl")
-            new.writestr(name, pickle.dumps(Touch(tmp_path), 2) if poison else old.read(name))
-    with pytest.raises(ValueError, match=r"refused.*\.system") as error:
+            new.writestr(name, pickle.dumps(evil, 2) if poison else old.read(name))
+    with pytest.raises(ValueError, match=rf"refused.*\.{code}") as error:
         load_clip(poisoned)
     one_line(error)
-    assert not (tmp_path / "touched").exists()
+    assert not (tmp_path / "touched").exists() and (tmp_path / "kept").exists()
+
+
+class Remove:
+    """Pickled, it is a call of shutil.rmtree."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return shutil.rmtree, (self.folder,)
 
 
 class Touch:
