@@ -489,7 +489,8 @@ def test_disjoint_splits_share_no_picture_and_say_what_they_left_out(tmp_path, c
     pictures = [set(split.paths.ravel()) for split in splits]
     assert sum(len(names) for names in pictures) == len(set.union(*pictures))
     left_out = 4000 - sum(len(split) for split in splits)
-    assert f"; {left_out:,} left out, whose pictures are of different splits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"; {left_out:,} left out, whose pictures are of different splits" in said
 
 
 def distances(count):
@@ -575,7 +576,8 @@ def changed(entry, value):
     (distances(9), r"shape \(9, 9\); 10 images need \(10, 10\)"),
     (changed((2, 3), 9.0), r"entry \(2, 3\) is 9.0 and \(3, 2\) is 0"),
     (changed((4, 4), np.nan), r"entry \(4, 4\) is nan"),
-    (np.ones((10, 10)) - np.eye(10), r"row 0 \(from 0\): its nearest and its farthest images are equally far")])
+    (np.ones((10, 10)) - np.eye(10),
+     r"row 0 \(from 0\): its nearest and its farthest images are equally far")])
 def test_faults_of_a_matrix_are_named(tmp_path, matrix, message):
     np.save(tmp_path / "m.npy", matrix)
     with pytest.raises(ValueError, match=message):
@@ -611,10 +613,11 @@ def test_a_pickled_matrix_is_never_opened(tmp_path):
 
 def test_a_list_names_the_near_one_first(tmp_path):
     listed(tmp_path, 9)
-    lines = [f"{i} {(i + 1) % 9} {(i + 2) % 9}" for i in range(9)]
-    (tmp_path / "l.txt").write_text("\n".join(lines) + "\n\n")
+    found = [[i, (i + 1) % 9, (i + 2) % 9] for i in range(9)]
+    lines = [f"{a} {b} {c}\n" for a, b, c in found]
+    (tmp_path / "l.txt").write_text("".join(lines) + "\n")
     convert("list", tmp_path / "l.txt", tmp_path / "out.csv", "--pictures=images/{}.png")
-    assert numbered(read(tmp_path / "out.csv")) == [[int(w) for w in line.split()] for line in lines]
+    assert numbered(read(tmp_path / "out.csv")) == found
 
 
 def test_a_list_of_paths_needs_no_pattern(tmp_path):
@@ -646,6 +649,21 @@ def test_the_side_with_more_votes_is_near_and_ties_are_left_out(tmp_path):
                            (2, [[0, 1, 2], [1, 3, 2], [4, 1, 0]])):
         convert("votes", path, tmp_path / "out.csv", "--pictures=images/{}.png", f"--lead={lead}")
         assert numbered(read(tmp_path / "out.csv")) == expected
+
+
+def test_a_file_of_the_users_is_not_written_over(tmp_path):
+    found = things(tmp_path, [[i, (i + 1) % 5, (i + 2) % 5] for i in range(5)])
+    (tmp_path / "out.csv").write_text("mine\n")
+    with pytest.raises(ValueError, match="out.csv: is there and not of this command"):
+        convert("things", found, listed(tmp_path, 5), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "mine\n"
+
+
+def test_text_that_is_no_utf_8_names_its_file(tmp_path):
+    (tmp_path / "l.txt").write_bytes(b"\xff\xfe0 1 2")
+    for kind, lists in (("things", [listed(tmp_path, 3)]), ("list", [])):
+        with pytest.raises(ValueError, match="l.txt: not text in UTF-8"):
+            convert(kind, tmp_path / "l.txt", *lists, tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize("kind, content, message", [

@@ -53,8 +53,7 @@ def read_things(path, count, first):
 
     Of the pair that goes together in trainset.txt, the first image is the anchor.
     """
-    with open(existing(path), encoding="utf-8-sig") as lines:
-        is_csv = "," in lines.readline()
+    is_csv = "," in read_text(path)
     if is_csv:
         columns = ("anchor_idx", "positive_idx", "negative_idx")
         table = read_columns(path, columns)
@@ -67,7 +66,9 @@ def read_things(path, count, first):
             rows.append([whole_number(cells, column) for column in columns] + [number])
         except ValueError as error:
             raise ValueError(f"{path}, row {number}, {error}") from None
-    rows = np.array(rows).reshape(-1, 4)  # anchor, near, far, row
+    if not rows:
+        raise ValueError(f"{path}: holds no triplets")
+    rows = np.array(rows)                                  # (n,4): anchor, near, far, row
     images = rows[:, :3]                                                     # (n,3)
     if first == -1:
         first = 0 if is_csv else first_number(path, images, count)
@@ -83,7 +84,7 @@ def read_things(path, count, first):
 
 def first_number(path, images, count):
     """0 or 1, the number of the first of `count` images. ValueError if they do not tell."""
-    low, high = images.min(initial=count), images.max(initial=0)
+    low, high = images.min(), images.max()
     if low <= 0:
         return 0
     if high >= count:
@@ -189,14 +190,13 @@ def read_columns(path, columns):
 
 def read_words(path, columns):
     """Yields (line number, {column: word}) of a text file; blank lines are left out."""
-    with open(existing(path), encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            words = line.split()
-            if words and len(words) != len(columns):
-                raise ValueError(f"{path}, row {number}: {len(words)} words, where "
-                                 f"{len(columns)} separated by spaces are needed")
-            if words:
-                yield number, dict(zip(columns, words))
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        words = line.split()
+        if words and len(words) != len(columns):
+            raise ValueError(f"{path}, row {number}: {len(words)} words, where {len(columns)} "
+                             "separated by spaces are needed")
+        if words:
+            yield number, dict(zip(columns, words))
 
 
 def finite(path, number, cells, column):
@@ -211,6 +211,13 @@ def finite(path, number, cells, column):
     return value
 
 
+def read_text(path):
+    try:
+        return existing(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8") from None
+
+
 def existing(path):
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -222,18 +229,18 @@ def existing(path):
 
 def image_list(images_txt):
     """Paths of a list, one a line; line 1 is the first image."""
-    return existing(images_txt).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    return read_text(images_txt).rstrip().split("\n")
 
 
 def number_pictures(found, pictures):
     """Readers' names -> (paths of the distinct pictures, triplets of their numbers from 0)."""
     numbers, numbered = {}, []
-    for *names, row in found:
+    for anchor, near, far, row in found:
         triplet = []
-        for name in names:
+        for name in (anchor, near, far):
             path = pictures.replace("{}", name)
             triplet.append(numbers.setdefault(path, len(numbers)))
-        numbered.append((*triplet, row))
+        numbered.append([*triplet, row])
     return list(numbers), numbered
 
 
@@ -262,6 +269,8 @@ def write_triplets(out_csv, found, names, source, config):
     if not all(counts.values()):
         raise ValueError(f"{out_csv}: too few anchors or pictures to split them in train, val "
                          f"and test: {counts}")
+    if os.path.exists(out_csv) and not read_text(out_csv).startswith(",".join(HEADER)):
+        raise ValueError(f"{out_csv}: is there and not of this command; name another file")
     partial = pathlib.Path(f"{out_csv}.tmp")
     with open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *lines])
@@ -273,11 +282,11 @@ def check_pictures(out_csv, found, names, source):
     """ValueError or FileNotFoundError for a triplet that no one could learn from."""
     folder = pathlib.Path(out_csv).parent
     checked = set()
-    for *numbers, row in found:
-        if len(set(numbers)) < 3:  # nothing is nearer to an image than itself
-            raise ValueError(f"{source}, row {row}: {[names[number] for number in numbers]} "
+    for anchor, near, far, row in found:
+        if anchor == near or anchor == far or near == far:
+            raise ValueError(f"{source}, row {row}: {names[anchor]}, {names[near]}, {names[far]} "
                              "repeats an image")
-        for number in numbers:
+        for number in (anchor, near, far):
             if number in checked:
                 continue
             name = names[number]
