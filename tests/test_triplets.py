@@ -104,6 +104,25 @@ def test_images_are_squashed_in_the_order_of_the_columns(nights):
             assert np.array_equal(loaded[i, j].permute(1, 2, 0), small)
 
 
+def test_an_image_that_triplets_share_is_decoded_once_and_stands_in_each(tmp_path, monkeypatch):
+    path, rows = generic(tmp_path)
+    for row in rows[::2]:
+        row[1:3] = reversed(row[1:3])
+    write(tmp_path, rows, ["ref", "left", "right", "label"], "mine.csv")
+    train, decode, decoded = Triplets(path, "train"), images.decode, []
+
+    def count(data):
+        decoded.append(data)
+        return decode(data)
+    monkeypatch.setattr(images, "decode", count)
+    loaded = train.load(8)
+    assert len(decoded) == len(set(train.paths.ravel())) < 3 * len(train)
+    for i, names in enumerate(train.paths):
+        for j, name in enumerate(names):
+            alone = images.squash_image(decode((tmp_path / name).read_bytes()), 8)
+            assert torch.equal(loaded[i, j], alone)
+
+
 def test_kept_images_are_the_decoded_ones(nights):
     decoded, kept = Triplets(nights[0], "train"), Triplets(nights[0], "train")
     kept.keep(8)
@@ -228,7 +247,8 @@ def test_batches_are_a_permutation_an_epoch_whatever_came_before(nights):
     drawn = [train.batch(step, config) for step in (4, 0, 1, 2, 3)]  # 16 triplets: 3 steps an epoch
     rows = [(samples[:, 0] // 3).tolist() for samples, _, _ in drawn]
     first, second = rows[1] + rows[2] + rows[3], rows[4] + rows[0]
-    assert len(set(first)) == 15 and len(set(second)) == 10 and first[:10] != second
+    assert len(first) == len(set(first)) == 15 and len(second) == len(set(second)) == 10
+    assert first[:10] != second
     samples, pixels, labels = train.batch(4, config)
     assert torch.equal(pixels, train.load(8, rows[0]))
     assert labels.tolist() == train.labels[rows[0]].tolist()
