@@ -335,6 +335,20 @@ def test_fractions_train_on_fewer_triplets_and_validate_on_all(arguments, tmp_pa
     assert [r["step"] for r in log_of(tmp_path) if "val_loss" in r] == list(range(13))  # 15 // 12
 
 
+def test_augmentation_is_told_the_epoch_and_every_image_of_it(arguments, tmp_path, monkeypatch):
+    seen = []
+
+    def augment(images, samples, epoch, seed):
+        seen.append((epoch, seed, samples.tolist()))
+        return normalise(images)
+    monkeypatch.setattr(perceptual_init, "augment", augment)
+    here(arguments(tmp_path))  # 60 triplets of 12: five steps an epoch
+    assert [epoch for epoch, _, _ in seen] == [0] * 5 + [1] * 5 + [2] * 2
+    assert {seed for _, seed, _ in seen} == {Config().seed}
+    first = [sample for _, _, samples in seen[:5] for sample in samples]
+    assert first != sorted(first) == list(range(180))
+
+
 # --------------------------------------------------------------------- stopping and going on
 
 
