@@ -469,8 +469,8 @@ def test_things_are_read_as_published_wherever_counting_starts(tmp_path, first):
 
 
 def test_where_things_start_counting_is_asked_for_if_the_numbers_do_not_tell(tmp_path):
-    text, names, out = published(tmp_path, [[1, 2, 3]] * 9), listed(tmp_path, 5), tmp_path / "o.csv"
-    with pytest.raises(ValueError, match="run from 1 to 3, and the list has 5 images: say by --fi"):
+    text, names, out = published(tmp_path, [[1, 2, 3]] * 9), listed(tmp_path, 4), tmp_path / "o.csv"
+    with pytest.raises(ValueError, match="run from 1 to 3, and the list has 4 images: say by --fi"):
         convert("things", text, names, out)
     found = published(tmp_path, [[1 + i % 4, 1 + (i + 1) % 4, 1 + (i + 2) % 4] for i in range(9)])
     for first in (0, 1):
