@@ -1,6 +1,6 @@
 """Stage 1 on THINGS' odd-one-out judgements: augmented, a hundredth of the rate.
 
-    python -m data.triplets things TRIPLETS.csv IMAGES.txt data/things/triplets.csv
+    python -m data.prepare.triplets things trainset.txt IMAGES.txt data/things/triplets.csv
     python perceptual_init.py configs/things.py
 """
 import numpy as np

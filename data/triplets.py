@@ -2,17 +2,11 @@
 
 Reads NIGHTS as published (a folder with data.csv) and any CSV with the columns
 
-    ref,left,right,label[,split][,votes][,id]     label: 0 = left is nearer, 1 = right is nearer
+    ref,left,right,label[,split][,votes][,id]     label: 0 = left is nearer, 1 = right
 
-whose paths are relative to the CSV's folder and stay inside it: a file made elsewhere can then name
-nothing else of your disk, and the folder can move. Two commands write that CSV from other sources:
-
-    python -m data.triplets things TRIPLETS.csv IMAGES.txt OUT.csv    anchor_idx,positive_idx,...
-    python -m data.triplets rdm MATRIX.npy IMAGES.txt OUT.csv         mined from dissimilarities
-
-IMAGES.txt has a path a line, relative to OUT.csv's folder; line 1 is image 0. Without a `split`
-column, anchors (the distinct `ref`) are dealt out 80/10/10 to train, val and test, so that no
-anchor is in two of them.
+Paths are relative to the CSV's folder and stay inside it: the folder can move, and a file made
+elsewhere names nothing else of your disk. Without a `split` column the anchors (the distinct
+`ref`) are dealt 80/10/10 to train, val and test. data/prepare/triplets.py writes such files.
 """
 import csv
 import hashlib
@@ -21,6 +15,7 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,8 +25,9 @@ from data import images
 from data.order import epoch_order
 
 SPLITS = ("train", "val", "test")
-# What a triplet needs -> the column that has it, in the two kinds of file. NIGHTS' votes for left
-# and right are complementary, which is checked: a file sorted by one column alone would show.
+SIDES = ("ref", "left", "right")
+# What a triplet needs -> the column that holds it, in the two kinds of file. NIGHTS' votes for
+# left and right are complementary; a file sorted by one of the two columns alone would show.
 GENERIC = {"ref": "ref", "left": "left", "right": "right", "label": "label"}
 NIGHTS = {"ref": "ref_path", "left": "left_path", "right": "right_path", "label": "right_vote",
           "opposite": "left_vote", "split": "split", "votes": "votes",
@@ -42,10 +38,10 @@ class Triplets:
     """One split of a file of judgements.
 
     path: NIGHTS folder, or a CSV.  split: "train", "val" or "test".
-    min_votes: unanimous judgements a triplet needs (NIGHTS: 6); without a votes column all stay.
-    fraction: seeded share of the training triplets; nested, 5 % is contained in 10 %.
-    shuffle_votes: permute the labels among the kept training triplets (seeded): the control that
-        keeps images and label counts and breaks the judgement. Both leave val and test untouched.
+    min_votes: unanimous judgements a triplet needs (NIGHTS: 6); all stay without such a column.
+    fraction: share of the training triplets, seeded and nested: 5 % is contained in 10 %.
+    shuffle_votes: permute the labels among the kept training triplets, seeded: the control that
+        keeps images and label counts and breaks the judgement.
 
     .paths (n,3) str: ref, left, right   .labels (n,) int64: 1 = right nearer
     .is_imagenet (n,) bool, or None      .fingerprint 16 hex of paths, file sizes and labels
@@ -64,127 +60,149 @@ class Triplets:
         rows = [row for row in read_rows(self.file)
                 if row["split"] == split and row["votes"] >= min_votes]
         if not rows:
-            raise ValueError(f"{self.file}: no row has split {split!r} and at least {min_votes} "
-                             "votes; check the split column, or lower min_votes")
-        self._arrange(rows)
-        # One order of all rows, of which a fraction takes the beginning: so fractions are nested.
+            raise ValueError(f"{self.file}: no row has split {split!r} and at least "
+                             f"{min_votes} votes; check the split column, or lower min_votes")
+        self._find_images(rows)
+        # A fraction takes the beginning of one order of all rows: so fractions are nested.
         order = np.random.default_rng([seed, 0]).permutation(len(rows))
-        keep = np.sort(order[:max(1, round(fraction * len(rows)))])                      # (n,)
-        self.index, self.paths, self.labels = self.index[keep], self.paths[keep], self.labels[keep]
-        self.is_imagenet = None if self.is_imagenet is None else self.is_imagenet[keep]
-        if shuffle_votes:  # among the kept ones: the same images and as many lefts as without it
+        chosen = np.sort(order[:max(1, round(fraction * len(rows)))])                    # (n,)
+        rows = [rows[i] for i in chosen]
+        number = {name: i for i, name in enumerate(self.files)}
+        self.paths = np.array([[row[side] for side in SIDES] for row in rows])           # (n,3)
+        self.index = np.array([[number[name] for name in row] for row in self.paths])    # (n,3)
+        self.labels = np.array([row["label"] for row in rows], np.int64)                 # (n,)
+        self.is_imagenet = None
+        if rows[0]["is_imagenet"] is not None:
+            self.is_imagenet = np.array([row["is_imagenet"] for row in rows])            # (n,)
+        if shuffle_votes:  # among the chosen: the same images and as many lefts as without it
             self.labels = np.random.default_rng([seed, 1]).permutation(self.labels)
-        # A checkpoint remembers what it was trained on; sizes tell other images, times would not
-        # survive a copy.
+        # Sizes tell other images; times would not survive a copy.
         sizes = [self.sizes[i] for i in self.index.ravel()]
-        self.fingerprint = _hash([self.paths.tolist(), sizes, self.labels.tolist()])
+        self.fingerprint = fingerprint([self.paths.tolist(), sizes, self.labels.tolist()])
 
     def __len__(self):
         return len(self.labels)
 
-    def _arrange(self, rows):
-        """Arrays of the rows, and the distinct images behind them (a THINGS image serves often)."""
-        columns = ("ref", "left", "right")
-        self.paths = np.array([[row[c] for c in columns] for row in rows])               # (n,3)
-        self.labels = np.array([row["label"] for row in rows], dtype=np.int64)           # (n,)
-        imagenet = [row["is_imagenet"] for row in rows]
-        self.is_imagenet = None if None in imagenet else np.array(imagenet)              # (n,)
-        first = {}  # image -> its first (row number, column), for messages
+    def _find_images(self, rows):
+        """The m distinct images of all rows: names, first places, sizes in bytes."""
+        self.where = {}
         for row in rows:
-            for column in columns:
-                first.setdefault(row[column], f"row {row['number']}, column '{row[column + '_']}'")
-        self.files, self.where = list(first), list(first.values())                       # m images
-        position = {name: i for i, name in enumerate(first)}
-        self.index = np.array([[position[name] for name in row] for row in self.paths])  # (n,3) < m
+            for side in SIDES:
+                where = f"row {row['number']}, column '{row['columns'][side]}'"
+                self.where.setdefault(row[side], where)
+        self.files = list(self.where)
         self.sizes, times = [], []
-        for name, where in first.items():
-            if not (self.file.parent / name).is_file():
-                raise FileNotFoundError(f"{self.file}, {where}: no file {name!r} in "
-                                        f"{self.file.parent}; finish the download or fix the path")
-            stat = (self.file.parent / name).stat()
-            self.sizes.append(stat.st_size)
-            times.append(stat.st_mtime_ns)
-        # Times too: decoding once more is cheap beside training on pixels of yesterday's images.
-        self.kept, self.kept_key = None, _hash([self.files, self.sizes, times])
+        for name in self.files:
+            path = self.file.parent / name
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{self.file}, {self.where[name]}: no file {name!r} in {self.file.parent}; "
+                    "finish the download or fix the path")
+            self.sizes.append(path.stat().st_size)
+            times.append(path.stat().st_mtime_ns)
+        # Times too: decoding again is cheap beside training on yesterday's pixels.
+        self.kept_key = fingerprint([self.files, self.sizes, times])
+        self.kept = None  # after keep(): (m,3,S,S) uint8
 
     def load(self, size, rows=None):
-        """Images of the given rows (default all): (n,3,3,S,S) uint8 [triplet, ref/left/right, C].
+        """Images of the given rows (default all): (n,3,3,S,S) uint8, [triplet, side, channel].
 
-        Both sides are squashed to S = size, bicubic. Decodes in threads, or gathers from keep().
+        Height and width are squashed to S = size, bicubic; decoded now, or read from keep()'s.
         """
         index = self.index if rows is None else self.index[np.asarray(rows)]             # (n,3)
         if self.kept is not None and self.kept.shape[-1] == size:
             return torch.from_numpy(self.kept[index])                        # (n,3,3,S,S)
-        distinct, place = np.unique(index, return_inverse=True)  # decode a repeated image once
-        pixels = np.empty((len(distinct), 3, size, size), np.uint8)                      # (m,3,S,S)
-        self._decode(pixels, distinct)
+        distinct, place = np.unique(index, return_inverse=True)  # each image is decoded once
+        pixels = np.empty((len(distinct), 3, size, size), np.uint8)          # (m,3,S,S)
+        self._decode(distinct, pixels)
         return torch.from_numpy(pixels[place.reshape(index.shape)])          # (n,3,3,S,S)
 
     def batch(self, step, config):
         """Batch `step` of a run: samples (B,3) int64, images (B,3,3,S,S) uint8, labels (B,).
 
-        It depends on config's seed, batch_size and image_size only. samples: 3 * row + 0, 1, 2. The
-        last partial batch of an epoch is dropped; the next epoch has its own permutation.
+        It depends on config's seed, batch_size and image_size only. samples: 3 * row + 0, 1, 2.
+        The last partial batch of an epoch is dropped; each epoch has its own permutation.
         """
         epoch, place = divmod(step, len(self) // config.batch_size)
         order = epoch_order(config.seed, epoch, len(self)).astype(np.int64)
         rows = order[place * config.batch_size:(place + 1) * config.batch_size]          # (B,)
-        samples = torch.from_numpy(3 * rows[:, None] + np.arange(3))
+        samples = torch.from_numpy(3 * rows[:, None] + np.arange(3))                     # (B,3)
         return samples, self.load(config.image_size, rows), torch.from_numpy(self.labels[rows])
 
     def keep(self, size):
-        """Decode every image of the split once into one mapped file; load() then reads from it.
+        """Decode every image of the split once into a mapped file, which load() then reads.
 
-        NIGHTS at 224: 17,444 triplets x 3 images x 150,528 bytes = 7.9 GB, of which train 6.3. The
-        system holds what fits in memory and reads the rest from disk: one way for both cases. The
-        file is built under a temporary name; its own name carries a hash of paths, sizes and times,
-        so changed images are decoded anew, and arms that differ in fraction or votes share it.
-        The file lies in index/ beside the CSV and can be deleted at any time.
+        NIGHTS at 224: 17,444 triplets x 3 images x 150,528 bytes = 7.9 GB, of which train 6.3.
+        The system holds in memory what fits. The file, in `index_folder`, can be deleted.
+        Its name carries a hash of paths, sizes and times: changed images are decoded anew, and
+        arms that differ in fraction or votes share it.
         """
         target = self.file.parent / "index" / f"images_{size}_{self.kept_key}.npy"
         if not target.exists():
-            self._build(target, (len(self.files), 3, size, size))
-        self.kept = np.load(target, mmap_mode="r")                                       # (m,3,S,S)
+            target = index_folder(self.file.parent) / target.name
+        if not target.exists():
+            self._write_kept(target, (len(self.files), 3, size, size))
+        self.kept = np.load(target, mmap_mode="r")                           # (m,3,S,S)
 
-    def _build(self, target, shape):
-        """Decode all images of the split into `target`, whole or not at all."""
-        need, partial = math.prod(shape), target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        print(f"decoding {shape[0]:,} images once into {target} ({need / 1e9:.2f} GB)", flush=True)
+    def _write_kept(self, target, shape):
+        """Decode all images into `target`, whole or not at all."""
+        need, free = math.prod(shape), shutil.disk_usage(target.parent).free
+        if free < need:  # writing to a mapped file on a full disk would end in a fatal signal
+            raise ValueError(f"{target.parent}: decoded images need {need / 1e9:.2f} GB, "
+                             f"{free / 1e9:.2f} GB are free; make room")
+        print(f"decoding {shape[0]:,} images once into {target}: {need / 1e9:.2f} GB",
+              flush=True)
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            try:
-                target.parent.mkdir(exist_ok=True)
-                free = shutil.disk_usage(target.parent).free
-                if free < need:  # a mapped file would only find out by a fatal signal
-                    raise OSError(f"{free / 1e9:.2f} GB are free, {need / 1e9:.2f} are needed")
-                pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            except OSError as error:
-                raise ValueError(f"{target.parent}: decoded images cannot be kept there ({error}); "
-                                 "make room, or link its entries into your own folder") from None
-            self._decode(pixels, range(shape[0]))
+            pixels = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+            self._decode(range(shape[0]), pixels)
             pixels.flush()
-            os.replace(partial, target)
+            os.replace(unfinished, target)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
-    def _decode(self, out, which):
-        """Fill out (len(which),3,S,S) uint8; Pillow frees the lock: 2 threads are 1.9x as fast."""
-        def one(slot, i):
-            path = self.file.parent / self.files[i]
+    def _decode(self, numbers, pixels):
+        """Fill pixels (m,3,S,S) uint8 with m images; 2 threads are 1.9 times as fast as one."""
+        def decode_one(slot, number):
+            name = self.files[number]
             try:
-                picture = images.decode(path.read_bytes())
+                picture = images.decode((self.file.parent / name).read_bytes())
             except images.BadImage as error:
-                where = f"{self.file}, {self.where[i]}: {self.files[i]}"
-                raise ValueError(f"{where}: {error}") from None
-            out[slot] = images.squash_image(picture, out.shape[-1]).numpy()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # list() raises the first error found
-            list(pool.map(one, range(len(which)), which))
+                raise ValueError(f"{self.file}, {self.where[name]}: {name}: {error}") from None
+            pixels[slot] = images.squash_image(picture, pixels.shape[-1]).numpy()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode_one, range(len(numbers)), numbers))  # raises the first error
 
 
-def _hash(value):
+def fingerprint(value):
+    """16 hex digits that tell apart plain lists, numbers and strings."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------ the csv file
+def index_folder(folder):
+    """Where files made from those of `folder` go: its index/, or a cache if that refuses.
+
+    $PERCEPTUAL_CLIP_CACHE, by default ~/.cache/perceptual-clip, has a subfolder a data folder.
+    """
+    index = folder / "index"
+    try:
+        index.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=index).close()  # os.access is wrong about network disks
+        return index
+    except OSError as error:
+        reason = f"{index} cannot be written ({error.strerror})"
+    caches = os.environ.get("PERCEPTUAL_CLIP_CACHE", "~/.cache/perceptual-clip")
+    path_hash = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    cache = pathlib.Path(caches).expanduser() / path_hash
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise ValueError(f"{reason}, nor {cache}; set PERCEPTUAL_CLIP_CACHE") from None
+    print(f"{reason}; using {cache} (set PERCEPTUAL_CLIP_CACHE for another place)", flush=True)
+    return cache
+
+
+# -------------------------------------------------------------------------------- the csv file
 
 
 def csv_file(path):
@@ -192,8 +210,8 @@ def csv_file(path):
     path = pathlib.Path(path)
     file = path / "data.csv" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give a NIGHTS folder (with data.csv) or a "
-                                "CSV with the columns ref,left,right,label")
+        raise FileNotFoundError(f"{file}: no such file; give a NIGHTS folder (with data.csv) "
+                                "or a CSV with the columns ref,left,right,label")
     return file
 
 
@@ -202,113 +220,109 @@ def read_rows(file):
 
     A million rows take 7 s and 0.7 GB, on one core.
     """
-    table = _table(file)
-    names = _columns(file, next(table))
-    rows, seen = [], {}
+    table = read_table(file)
+    header = next(table)
+    columns = GENERIC.copy()
+    for name in ("split", "votes", "id"):
+        if name in header:
+            columns[name] = name
+    if "ref_path" in header:
+        columns = NIGHTS
+    need_columns(file, header, columns.values())
+    rows, number_of = [], {}
     for number, cells in table:
         try:
-            rows.append(_judgement({key: cells[name] for key, name in names.items()}, names, seen,
-                                   number))
+            row = read_row(cells, columns)
         except ValueError as error:
             raise ValueError(f"{file}, row {number}, {error}") from None
-    if "split" not in names:
-        for row, split in zip(rows, split_anchors([row["ref"] for row in rows], seed=0)):
-            row["split"] = split
+        row["number"] = number
+        rows.append(row)
+        if "id" in columns and number_of.setdefault(cells["id"], number) != number:
+            raise ValueError(f"{file}, row {number}, column 'id': {cells['id']!r} is already "
+                             f"in row {number_of[cells['id']]}")
+    if "split" not in columns:
+        splits = deal_splits([row["ref"] for row in rows], seed=0)
+        for row in rows:
+            row["split"] = splits[row["ref"]]
     return rows
 
 
-def _table(file):
+def read_row(cells, columns):
+    """Checked values of one row. Errors name the column; the caller adds file and row."""
+    row = {"columns": columns, "split": None, "votes": math.inf, "is_imagenet": None}
+    for side in SIDES:
+        row[side] = inside_path(cells, columns[side])
+    row["label"] = whole_number(cells, columns["label"], allowed=(0, 1))
+    if "opposite" in columns:
+        whole_number(cells, columns["opposite"], allowed=(1 - row["label"],))
+    if "votes" in columns:
+        row["votes"] = whole_number(cells, columns["votes"])
+    if "split" in columns:
+        row["split"] = cells["split"].strip()
+        if row["split"] not in SPLITS:
+            raise ValueError(f"column 'split': {row['split']!r} is none of {', '.join(SPLITS)}")
+    if "is_imagenet" in columns:
+        word = cells["is_imagenet"].strip().lower()
+        if word not in ("true", "false", "1", "0"):
+            raise ValueError(f"column 'is_imagenet': {word!r} is neither True nor False")
+        row["is_imagenet"] = word in ("true", "1")
+    return row
+
+
+def read_table(file):
     """Yields the header, then (row number, {column: cell}) of every line that is not blank."""
+    if not pathlib.Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
     try:
-        with open(_file(file), newline="", encoding="utf-8-sig") as lines:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
             header = next(reader, [])
             yield header
             for number, cells in enumerate(reader, 2):
                 if cells and len(cells) != len(header):
-                    place = min(len(cells), len(header)) + 1
-                    raise ValueError(f"{file}, row {number}, column {place}: {len(cells)} cells "
-                                     f"where the header has {len(header)}")
+                    column = min(len(cells), len(header)) + 1
+                    raise ValueError(f"{file}, row {number}, column {column}: {len(cells)} "
+                                     f"cells where the header has {len(header)}")
                 if cells:
                     yield number, dict(zip(header, cells))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a readable CSV in UTF-8: {error}") from None
 
 
-def _columns(file, header):
-    """Which column holds what: NIGHTS' names, or the generic ones with their optional three."""
-    names = NIGHTS if "ref_path" in header else GENERIC | {
-        key: key for key in ("split", "votes", "id") if key in header}
-    _need(file, header, names.values())
-    return names
-
-
-def _need(file, header, columns):
+def need_columns(file, header, columns):
+    """ValueError unless the header has each of `columns` once."""
     for name in columns:
-        if header.count(name) != 1:
-            raise ValueError(f"{file}, row 1, column '{name}': found {header.count(name)} times, "
-                             f"needed once; the columns are {', '.join(header) or 'none'}")
+        count = header.count(name)
+        if count != 1:
+            raise ValueError(f"{file}, row 1, column '{name}': found {count} times, needed "
+                             f"once; the columns are {', '.join(header) or 'none'}")
 
 
-def _judgement(cells, names, seen, number):
-    """Checked values of a row; `cells` and `names` are keyed alike, `seen` is id -> row number."""
-    row = {"number": number, "split": None, "votes": np.inf, "is_imagenet": None}
-    for key in ("ref", "left", "right"):
-        row[key], row[key + "_"] = _inside(cells[key], names[key]), names[key]
-    row["label"] = _number(cells["label"], names["label"], (0, 1))
-    if "opposite" in cells:
-        _number(cells["opposite"], names["opposite"], (1 - row["label"],))
-    if "votes" in cells:
-        row["votes"] = _number(cells["votes"], names["votes"])
-    if "split" in cells:
-        row["split"] = cells["split"].strip()
-        if row["split"] not in SPLITS:
-            raise ValueError(f"column 'split': {row['split']!r} is none of {', '.join(SPLITS)}")
-    if "is_imagenet" in cells:
-        word = cells["is_imagenet"].strip().lower()
-        if word not in ("true", "false", "1", "0"):
-            raise ValueError(f"column 'is_imagenet': {word!r} is neither True nor False")
-        row["is_imagenet"] = word in ("true", "1")
-    if "id" in cells and seen.setdefault(cells["id"], number) != number:
-        raise ValueError(f"column 'id': {cells['id']!r} is already in row {seen[cells['id']]}")
-    return row
-
-
-def _number(text, column, allowed=None):
-    """A whole number, one of `allowed` if given; pandas may have written 1 as 1.0."""
+def whole_number(cells, column, allowed=None):
+    """The number in a cell, one of `allowed` if given; pandas may have written 1 as 1.0."""
     try:
-        value = float(text)
-        whole = value == int(value)
-    except (ValueError, OverflowError):
-        whole = False
-    if not whole or allowed and value not in allowed:
-        wanted = "a whole number" if allowed is None else " or ".join(map(str, allowed))
-        raise ValueError(f"column '{column}': {text!r} must be {wanted}")
+        value = float(cells[column])
+    except ValueError:
+        value = math.nan
+    if not value.is_integer() or allowed and value not in allowed:
+        wanted = " or ".join(map(str, allowed)) if allowed else "a whole number"
+        raise ValueError(f"column '{column}': {cells[column]!r} must be {wanted}")
     return int(value)
 
 
-def _inside(text, column):
-    """A relative path that does not climb out of the CSV's folder."""
+def inside_path(cells, column):
+    """The relative path in a cell, which must not climb out of the CSV's folder."""
+    text = cells[column]
     if not text.strip() or "\0" in text or text[0] == "/" or ".." in text.split("/"):
         raise ValueError(f"column '{column}': {text!r} must be a path relative to the CSV's "
                          "folder, and inside it")
     return sys.intern(text)  # one THINGS image is named in thousands of rows
 
 
-def split_anchors(anchors, seed):
-    """train, val or test for each triplet, by its anchor alone: 80/10/10 of the anchors."""
-    distinct = sorted(set(anchors))  # a set's own order changes from process to process
+def deal_splits(names, seed):
+    """{name: "train", "val" or "test"}: 80/10/10 of the distinct names."""
+    distinct = sorted(set(names))  # a set's own order changes from process to process
     order = np.random.default_rng(seed).permutation(len(distinct))
     tenth = max(1, len(distinct) // 10)
     names = ["val"] * tenth + ["test"] * tenth + ["train"] * len(distinct)
-    split = {distinct[i]: name for i, name in zip(order, names)}
-    return [split[anchor] for anchor in anchors]
-
-
-# ------------------------------------------------------------------------- conversions to that csv
-
-
-def _file(path):
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return pathlib.Path(path)
+    return {distinct[number]: split for number, split in zip(order, names)}

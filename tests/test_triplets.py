@@ -1,5 +1,6 @@
-"""data/triplets.py: reading judgements, every fault of a file, shares and shuffles, conversions."""
+"""data/triplets.py: reading judgements, faults of a file, shares, shuffles; conversions to it."""
 import csv
+import hashlib
 import pathlib
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_images_are_squashed_in_the_order_of_the_columns(nights):
             assert np.array_equal(loaded[i, j].permute(1, 2, 0), small)
 
 
+def test_an_image_that_triplets_share_is_decoded_once_and_stands_in_each(tmp_path, monkeypatch):
+    path, rows = generic(tmp_path)
+    for row in rows[::2]:
+        row[1:3] = reversed(row[1:3])
+    write(tmp_path, rows, ["ref", "left", "right", "label"], "mine.csv")
+    train, decode, decoded = Triplets(path, "train"), images.decode, []
+
+    def count(data):
+        decoded.append(data)
+        return decode(data)
+    monkeypatch.setattr(images, "decode", count)
+    loaded = train.load(8)
+    assert len(decoded) == len(set(train.paths.ravel())) < 3 * len(train)
+    for i, names in enumerate(train.paths):
+        for j, name in enumerate(names):
+            alone = images.squash_image(decode((tmp_path / name).read_bytes()), 8)
+            assert torch.equal(loaded[i, j], alone)
+
+
 def test_kept_images_are_the_decoded_ones(nights):
     decoded, kept = Triplets(nights[0], "train"), Triplets(nights[0], "train")
     kept.keep(8)
@@ -137,8 +157,61 @@ def test_a_bad_image_is_named_and_nothing_half_decoded_stays(nights):
 
 def test_without_room_for_the_decoded_images_one_line_says_so(nights, monkeypatch):
     monkeypatch.setattr(triplets.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(ValueError, match="cannot be kept there .*0.00 GB are free"):
+    with pytest.raises(ValueError, match="decoded images need 0.00 GB, 0.00 GB are free"):
         Triplets(nights[0], "train").keep(8)
+
+
+def test_images_of_a_folder_that_cannot_be_written_are_kept_in_the_cache(nights, tmp_path,
+                                                                         monkeypatch, capsys):
+    """A file called index refuses everyone, root too, as a read-only folder does."""
+    (nights[0] / "index").write_text("")
+    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(tmp_path / "cache"))
+    decoded, kept = Triplets(nights[0], "train"), Triplets(nights[0], "train")
+    kept.keep(8)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert f"{nights[0]}/index cannot be written" in said and "PERCEPTUAL_CLIP_CACHE" in said
+    assert torch.equal(kept.load(8, [5, 0]), decoded.load(8, [5, 0]))
+    assert len(list((tmp_path / "cache").glob("*/images_8_*.npy"))) == 1
+    monkeypatch.setattr(images, "decode", None)  # decoding again would fail
+    Triplets(nights[0], "train").keep(8)
+
+
+def test_each_read_only_folder_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(30, "Read-only file system")
+    monkeypatch.setattr(triplets.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    folders = [triplets.index_folder(tmp_path / name) for name in ("a", "b", "a")]
+    assert folders[0] == folders[2] != folders[1]
+    assert all(folder.parent == tmp_path / "cache" for folder in folders)
+
+
+def test_kept_images_are_read_where_they_are_though_nothing_can_be_written(nights, monkeypatch):
+    Triplets(nights[0], "train").keep(8)
+    monkeypatch.setattr(triplets, "index_folder", None)  # asking for a place would fail
+    Triplets(nights[0], "train").keep(8)
+
+
+def test_without_any_place_for_decoded_images_one_line_says_what_to_set(nights, tmp_path,
+                                                                        monkeypatch):
+    (nights[0] / "index").write_text("")
+    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(nights[0] / "index"))
+    with pytest.raises(ValueError, match="index cannot be written .*set PERCEPTUAL_CLIP_CACHE"):
+        Triplets(nights[0], "train").keep(8)
+
+
+def test_fingerprints_are_those_of_earlier_versions(tmp_path, monkeypatch):
+    """Checkpoints and decoded files of before are recognised: sha256 of the lists' repr."""
+    for name, size in (("a.png", 1), ("b.png", 22), ("c.png", 333)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    path = write(tmp_path, [["a.png", "b.png", "c.png", 1, "train"],
+                            ["b.png", "c.png", "a.png", 0, "train"]],
+                 ["ref", "left", "right", "label", "split"], "mine.csv")
+    text = "[[['a.png', 'b.png', 'c.png'], ['b.png', 'c.png', 'a.png']], " \
+           "[1, 22, 333, 22, 333, 1], [1, 0]]"
+    assert Triplets(path, "train").fingerprint == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------- shares and shuffles
@@ -174,7 +247,8 @@ def test_batches_are_a_permutation_an_epoch_whatever_came_before(nights):
     drawn = [train.batch(step, config) for step in (4, 0, 1, 2, 3)]  # 16 triplets: 3 steps an epoch
     rows = [(samples[:, 0] // 3).tolist() for samples, _, _ in drawn]
     first, second = rows[1] + rows[2] + rows[3], rows[4] + rows[0]
-    assert len(set(first)) == 15 and len(set(second)) == 10 and first[:10] != second
+    assert len(first) == len(set(first)) == 15 and len(second) == len(set(second)) == 10
+    assert first[:10] != second
     samples, pixels, labels = train.batch(4, config)
     assert torch.equal(pixels, train.load(8, rows[0]))
     assert labels.tolist() == train.labels[rows[0]].tolist()
@@ -349,29 +423,94 @@ def things(folder, found, header="anchor_idx,positive_idx,negative_idx"):
     return folder / "t.csv"
 
 
+def convert(*arguments):
+    """The command in this process."""
+    conversions.main([str(argument) for argument in arguments])
+
+
+def near_and_far(row):
+    return (row["right"], row["left"]) if row["label"] == "1" else (row["left"], row["right"])
+
+
+def numbered(rows):
+    """(anchor, near, far) of each row as numbers of the list's images."""
+    found = []
+    for row in rows:
+        names = (row["ref"], *near_and_far(row))
+        found.append([int(pathlib.Path(name).stem) for name in names])
+    return found
+
+
 def test_things_keep_who_is_nearer(tmp_path):
     rng = np.random.default_rng(3)
     found = [rng.choice(30, 3, replace=False).tolist() for _ in range(400)]
     out = tmp_path / "out.csv"
-    counts = conversions.convert_things(things(tmp_path, found), listed(tmp_path, 30), out, 0)
+    convert("things", things(tmp_path, found), listed(tmp_path, 30), out)
     rows = read(out)
-    number = {f"images/{i}.png": i for i in range(30)}
-    for row, (anchor, positive, negative) in zip(rows, found, strict=True):
-        near, far = (row["right"], row["left"])[:: 1 if row["label"] == "1" else -1]
-        assert [number[row["ref"]], number[near], number[far]] == [anchor, positive, negative]
-    assert sum(counts.values()) == 400
+    assert numbered(rows) == found
     # fair coin, 400 throws: 3 standard deviations are 30
     assert abs(sum(int(row["label"]) for row in rows) - 200) <= 30
 
 
-def test_converted_triplets_are_read_with_no_anchor_in_two_splits(tmp_path):
+def published(folder, found):
+    """trainset.txt: three numbers a line, the third is the odd one out."""
+    (folder / "trainset.txt").write_text("".join(f"{a} {b} {c}\n" for a, b, c in found))
+    return folder / "trainset.txt"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_things_are_read_as_published_wherever_counting_starts(tmp_path, first):
+    """The last image is named, and the first: what they are called tells 0 from 1."""
+    rng = np.random.default_rng(3)
+    found = [rng.choice(30, 3, replace=False).tolist() for _ in range(400)]
+    text = published(tmp_path, np.array(found) + first)
+    convert("things", text, listed(tmp_path, 30), tmp_path / "out.csv")
+    assert numbered(read(tmp_path / "out.csv")) == found
+
+
+def test_where_things_start_counting_is_asked_for_if_the_numbers_do_not_tell(tmp_path):
+    text, names, out = published(tmp_path, [[1, 2, 3]] * 9), listed(tmp_path, 4), tmp_path / "o.csv"
+    with pytest.raises(ValueError, match="run from 1 to 3, and the list has 4 images: say by --fi"):
+        convert("things", text, names, out)
+    found = published(tmp_path, [[1 + i % 4, 1 + (i + 1) % 4, 1 + (i + 2) % 4] for i in range(9)])
+    for first in (0, 1):
+        convert("things", found, listed(tmp_path, 6), out, f"--first={first}")
+        assert numbered(read(out))[0] == [1 - first, 2 - first, 3 - first]
+
+
+@pytest.mark.parametrize("found, message", [
+    ([[0, 1, 5]], "row 1, column '3': 5 is none of the 5 images of the list, counted from 0"),
+    ([[1, 2, 3], [1, 6, 2]], "row 2, column '2': 6 is none of the 5 images .* counted from 1"),
+    ([[0, 1, "x"]], "row 1, column '3': 'x' must be a whole number"),
+    ([[0, 1, "2 3"]], "row 1: 4 words, where 3 separated by spaces are needed"),
+    ([[0, 1, 1]], r"row 1: .* repeats an image")])
+def test_faults_of_published_things_are_named(tmp_path, found, message):
+    with pytest.raises(ValueError, match=message):
+        convert("things", published(tmp_path, found), listed(tmp_path, 5), tmp_path / "out.csv")
+
+
+def test_converted_triplets_are_read_with_no_anchor_in_two_splits(tmp_path, capsys):
     found = [[i % 20, (i + 1) % 20, (i + 2) % 20] for i in range(200)]
     out = tmp_path / "out.csv"
-    counts = conversions.convert_things(things(tmp_path, found), listed(tmp_path, 20), out, 0)
-    splits = {split: Triplets(out, split) for split in ("train", "val", "test")}
-    anchors = [set(split.paths[:, 0]) for split in splits.values()]
-    assert {name: len(split) for name, split in splits.items()} == counts
+    convert("things", things(tmp_path, found), listed(tmp_path, 20), out)
+    assert capsys.readouterr().out == f"{out}: 160 train, 20 val, 20 test\n"
+    splits = [Triplets(out, split) for split in ("train", "val", "test")]
+    anchors = [set(split.paths[:, 0]) for split in splits]
+    assert [len(split) for split in splits] == [160, 20, 20]
     assert [len(a) for a in anchors] == [16, 2, 2] and len(set.union(*anchors)) == 20
+
+
+def test_disjoint_splits_share_no_picture_and_say_what_they_left_out(tmp_path, capsys):
+    rng = np.random.default_rng(5)
+    found = [rng.choice(40, 3, replace=False).tolist() for _ in range(4000)]
+    out = tmp_path / "out.csv"
+    convert("things", things(tmp_path, found), listed(tmp_path, 40), out, "--disjoint=True")
+    splits = [Triplets(out, split) for split in ("train", "val", "test")]
+    pictures = [set(split.paths.ravel()) for split in splits]
+    assert sum(len(names) for names in pictures) == len(set.union(*pictures))
+    left_out = 4000 - sum(len(split) for split in splits)
+    said = capsys.readouterr().out
+    assert f"; {left_out:,} left out, whose pictures are of different splits" in said
 
 
 def distances(count):
@@ -384,12 +523,10 @@ def test_mined_triplets_are_nearest_and_farthest_by_hand(tmp_path):
     matrix = distances(101)
     np.save(tmp_path / "m.npy", matrix)
     out = tmp_path / "out.csv"
-    conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 101), out, 0, 14)
-    number = {f"images/{i}.png": i for i in range(101)}
+    convert("rdm", tmp_path / "m.npy", listed(tmp_path, 101), out, "--per_anchor=14")
     pairs = {}
-    for row in read(out):
-        near, far = (row["right"], row["left"])[:: 1 if row["label"] == "1" else -1]
-        pairs.setdefault(number[row["ref"]], []).append((number[near], number[far]))
+    for anchor, near, far in numbered(read(out)):
+        pairs.setdefault(anchor, []).append((near, far))
     for anchor, drawn in pairs.items():  # of 100 others: the nearest 3 and the farthest 5
         ranks = np.argsort(np.delete(matrix[anchor], anchor))
         others = np.delete(np.arange(101), anchor)[ranks]
@@ -402,8 +539,7 @@ def test_mined_triplets_are_nearest_and_farthest_by_hand(tmp_path):
 def test_mining_draws_fifty_an_anchor_and_splits_by_anchor(tmp_path):
     np.save(tmp_path / "m.npy", distances(300))  # 9 x 15 pairs an anchor
     out = tmp_path / "out.csv"
-    config = conversions.Config()
-    conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 300), out, 0, config.per_anchor)
+    convert("rdm", tmp_path / "m.npy", listed(tmp_path, 300), out)
     rows = read(out)
     split = {}
     for row in rows:
@@ -417,7 +553,8 @@ def test_a_conversion_is_the_same_for_the_same_seed_only(tmp_path):
     np.save(tmp_path / "m.npy", distances(40))
     texts = []
     for seed in (0, 0, 1):
-        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 40), tmp_path / "o.csv", seed, 5)
+        convert("rdm", tmp_path / "m.npy", listed(tmp_path, 40), tmp_path / "o.csv",
+                f"--seed={seed}", "--per_anchor=5")
         texts.append((tmp_path / "o.csv").read_text())
     assert texts[0] == texts[1] != texts[2]
 
@@ -429,24 +566,24 @@ def test_a_conversion_is_the_same_for_the_same_seed_only(tmp_path):
      "row 3, column 'positive_idx': -1 is none of"),
     ([[0, 1, "x"]], "anchor_idx,positive_idx,negative_idx",
      "row 2, column 'negative_idx': 'x' must be a whole number"),
-    ([[0, 1, 1]], "anchor_idx,positive_idx,negative_idx", r"row 2, .*\[0, 1, 1\] repeats an image"),
+    ([[0, 1, 1]], "anchor_idx,positive_idx,negative_idx", "row 2: .* repeats an image"),
     ([[0, 1, 2]], "anchor,positive_idx,negative_idx", "row 1, column 'anchor_idx': found 0 times"),
     ([[0, 1, 2], [1, 2, 0]], "anchor_idx,positive_idx,negative_idx", "too few anchors")])
 def test_faults_of_things_files_are_named(tmp_path, found, header, message):
     with pytest.raises(ValueError, match=message):
-        conversions.convert_things(things(tmp_path, found, header), listed(tmp_path, 5),
-                                tmp_path / "out.csv", 0)
+        convert("things", things(tmp_path, found, header), listed(tmp_path, 5),
+                tmp_path / "out.csv")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_an_image_list_must_name_files_beside_the_csv(tmp_path):
-    path = listed(tmp_path, 5)
+    path, found = listed(tmp_path, 5), things(tmp_path, [[0, 1, 2], [1, 2, 3], [2, 3, 4]])
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(FileNotFoundError, match="list.txt, row 1: no file 'images/0.png' in"):
-        conversions.image_list(path, tmp_path / "elsewhere/out.csv")
-    path.write_text("images/0.png\n../secret.png\n")
-    with pytest.raises(ValueError, match="list.txt, row 2, column 'path': '../secret.png' must be"):
-        conversions.image_list(path, tmp_path / "out.csv")
+    with pytest.raises(FileNotFoundError, match="t.csv, row 2: no file 'images/0.png' in .*elsew"):
+        convert("things", found, path, tmp_path / "elsewhere/out.csv")
+    path.write_text("images/0.png\n../secret.png\nimages/2.png\n" * 2)
+    with pytest.raises(ValueError, match="row 2, column 'path': '../secret.png' must be"):
+        convert("things", found, path, tmp_path / "out.csv")
 
 
 def changed(entry, value):
@@ -459,22 +596,117 @@ def changed(entry, value):
     (distances(9), r"shape \(9, 9\); 10 images need \(10, 10\)"),
     (changed((2, 3), 9.0), r"entry \(2, 3\) is 9.0 and \(3, 2\) is 0"),
     (changed((4, 4), np.nan), r"entry \(4, 4\) is nan"),
-    (np.ones((10, 10)), r"row 0 \(from 0\): its nearest and its farthest images are equally far")])
+    (np.ones((10, 10)) - np.eye(10),
+     r"row 0 \(from 0\): its nearest and its farthest images are equally far")])
 def test_faults_of_a_matrix_are_named(tmp_path, matrix, message):
     np.save(tmp_path / "m.npy", matrix)
     with pytest.raises(ValueError, match=message):
-        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
+        convert("rdm", tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv")
+
+
+def test_similarities_are_refused_as_distances_and_read_when_named(tmp_path):
+    """Taken for distances, every triplet would be upside down."""
+    names, out = listed(tmp_path, 40), tmp_path / "out.csv"
+    np.save(tmp_path / "d.npy", distances(40))
+    np.save(tmp_path / "s.npy", 1 - distances(40))
+    with pytest.raises(ValueError, match="must be 0 on the diagonal, is 1.0 in row 0"):
+        convert("rdm", tmp_path / "s.npy", names, out)
+    with pytest.raises(ValueError, match="1 - s must be 0 on the diagonal, is 1.0"):
+        convert("rdm", tmp_path / "d.npy", names, out, "--similarity=True")
+    convert("rdm", tmp_path / "d.npy", names, out)
+    expected = out.read_text()
+    convert("rdm", tmp_path / "s.npy", names, out, "--similarity=True")
+    assert out.read_text() == expected
+
+
+def test_a_diagonal_that_is_0_but_for_rounding_is_read(tmp_path):
+    matrix = (distances(40) + 3e-7 * np.eye(40)).astype(np.float32)
+    np.save(tmp_path / "m.npy", matrix)
+    convert("rdm", tmp_path / "m.npy", listed(tmp_path, 40), tmp_path / "out.csv")
 
 
 def test_a_pickled_matrix_is_never_opened(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="m.npy: not a NumPy file of numbers"):
-        conversions.convert_rdm(tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv", 0, 50)
+        convert("rdm", tmp_path / "m.npy", listed(tmp_path, 10), tmp_path / "out.csv")
+
+
+def test_a_list_names_the_near_one_first(tmp_path):
+    listed(tmp_path, 9)
+    found = [[i, (i + 1) % 9, (i + 2) % 9] for i in range(9)]
+    lines = [f"{a} {b} {c}\n" for a, b, c in found]
+    (tmp_path / "l.txt").write_text("".join(lines) + "\n")
+    convert("list", tmp_path / "l.txt", tmp_path / "out.csv", "--pictures=images/{}.png")
+    assert numbered(read(tmp_path / "out.csv")) == found
+
+
+def test_a_list_of_paths_needs_no_pattern(tmp_path):
+    listed(tmp_path, 4)
+    lines = [f"images/{i}.png images/{(i + 1) % 4}.png images/{(i + 2) % 4}.png" for i in range(4)]
+    (tmp_path / "l.txt").write_text("\n".join(lines))
+    convert("list", tmp_path / "l.txt", tmp_path / "out.csv")
+    assert numbered(read(tmp_path / "out.csv"))[3] == [3, 0, 1]
+
+
+def test_ratings_of_one_rater_that_differ_enough_make_triplets(tmp_path):
+    """By hand: anna's pairs share a picture; ben's rating is not compared with hers."""
+    listed(tmp_path, 5)
+    rows = [["anna", 0, 1, 9], ["anna", 0, 2, 4], ["anna", 3, 0, 5.5], ["anna", 1, 2, 8],
+            ["ben", 0, 4, 1], ["ben", 3, 1, 1], ["ben", 3, 2, 6], ["anna", 4, 4, 9]]
+    write(tmp_path, rows, ["rater", "i", "j", "rating"], "r.csv")
+    convert("ratings", tmp_path / "r.csv", tmp_path / "out.csv", "--pictures=images/{}.png",
+            "--lead=3.5")
+    # 0: 1 (9) over 2 (4) and over 3 (5.5); 1: 9 and 8; 2: 1 (8) over 0 (4); 3, by ben: 2 over 1
+    assert sorted(numbered(read(tmp_path / "out.csv"))) == [[0, 1, 2], [0, 1, 3], [2, 1, 0],
+                                                            [3, 2, 1]]
+
+
+def test_the_side_with_more_votes_is_near_and_ties_are_left_out(tmp_path):
+    listed(tmp_path, 5)
+    rows = [[0, 1, 2, 5, 1], [1, 2, 3, 0, 2], [2, 3, 4, 3, 3], [3, 4, 0, 2, 1], [4, 0, 1, 1, 4]]
+    path = write(tmp_path, rows, ["ref", "a", "b", "votes_a", "votes_b"], "v.csv")
+    for lead, expected in ((1, [[0, 1, 2], [1, 3, 2], [3, 4, 0], [4, 1, 0]]),
+                           (2, [[0, 1, 2], [1, 3, 2], [4, 1, 0]])):
+        convert("votes", path, tmp_path / "out.csv", "--pictures=images/{}.png", f"--lead={lead}")
+        assert numbered(read(tmp_path / "out.csv")) == expected
+
+
+def test_a_file_of_the_users_is_not_written_over(tmp_path):
+    found = things(tmp_path, [[i, (i + 1) % 5, (i + 2) % 5] for i in range(5)])
+    (tmp_path / "out.csv").write_text("mine\n")
+    with pytest.raises(ValueError, match="out.csv: is there and not of this command"):
+        convert("things", found, listed(tmp_path, 5), tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "mine\n"
+
+
+def test_text_that_is_no_utf_8_names_its_file(tmp_path):
+    (tmp_path / "l.txt").write_bytes(b"\xff\xfe0 1 2")
+    for kind, lists in (("things", [listed(tmp_path, 3)]), ("list", [])):
+        with pytest.raises(ValueError, match="l.txt: not text in UTF-8"):
+            convert(kind, tmp_path / "l.txt", *lists, tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("kind, content, message", [
+    ("list", "0 1 2\n0 1\n", "s.txt, row 2: 2 words, where 3 separated by spaces are needed"),
+    ("list", "0 1 7\n", "s.txt, row 1: no file 'images/7.png' in"),
+    ("list", "0 1 ../x\n", "s.txt, row 1, column 'path': 'images/../x.png' must be a path"),
+    ("list", "", "too few anchors"),
+    ("ratings", "rater,i,j\na,0,1\n", "row 1, column 'rating': found 0 times"),
+    ("ratings", "rater,i,j,rating\na,0,1,high\n", "row 2, column 'rating': 'high' must be a num"),
+    ("votes", "ref,a,b,votes_a,votes_b\n0,1,2,3,nan\n", "row 2, column 'votes_b': 'nan' must be"),
+    ("votes", "ref,a,b,votes_a,votes_b\n0,1,1,3,0\n", "row 2: .* repeats an image")])
+def test_faults_of_lists_ratings_and_votes_are_named(tmp_path, kind, content, message):
+    listed(tmp_path, 5)
+    (tmp_path / "s.txt").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert(kind, tmp_path / "s.txt", tmp_path / "out.csv", "--pictures=images/{}.png")
+    assert not list(tmp_path.glob("out*"))
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "data.prepare.triplets", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "data.prepare.triplets", *map(str, arguments)], cwd=ROOT,
+        capture_output=True, text=True, timeout=60)
 
 
 def test_the_command_converts_and_says_how_many(tmp_path):
@@ -485,7 +717,8 @@ def test_the_command_converts_and_says_how_many(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["things", "t.csv", "list.txt"], "write: python -m data.prepare.triplets things TRIPLETS.csv"),
+    (["things", "t.csv", "list.txt"], "write: python -m data.prepare.triplets things TRIPLETS "),
+    (["similar", "t.csv", "out.csv"], "write: python -m data.prepare.triplets things TRIPLETS"),
     (["things", "t.csv", "none.txt", "out.csv"], "none.txt: no such file")])
 def test_a_wrong_command_is_one_line_and_exit_2(tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["triplets.py", *arguments])

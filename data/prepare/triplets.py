@@ -1,145 +1,331 @@
 """Other judgements -> the CSV of data/triplets.py.
 
-    python -m data.prepare.triplets things TRIPLETS.csv IMAGES.txt OUT.csv    anchor_idx,positive_idx,...
-    python -m data.prepare.triplets rdm MATRIX.npy IMAGES.txt OUT.csv         mined from dissimilarities
+    python -m data.prepare.triplets things TRIPLETS IMAGES.txt OUT.csv    odd one out (THINGS)
+    python -m data.prepare.triplets rdm MATRIX.npy IMAGES.txt OUT.csv     mined from distances
+    python -m data.prepare.triplets list LINES.txt OUT.csv       A B C: A is closer to B than C
+    python -m data.prepare.triplets ratings RATINGS.csv OUT.csv  rater,i,j,rating: high is alike
+    python -m data.prepare.triplets votes VOTES.csv OUT.csv      ref,a,b,votes_a,votes_b
+
+TRIPLETS: THINGS' trainset.txt, three numbers a line of which the third is the odd one out; or a
+CSV with the columns anchor_idx,positive_idx,negative_idx. IMAGES.txt: one path a line. The last
+three find pictures by their names, as in --pictures=images/{}.jpg. Paths are relative to the
+folder of OUT.csv. Anchors are dealt 80/10/10 to train, val and test; with --disjoint=True all
+pictures are, and triplets across splits are left out.
 """
 import csv
+import itertools
+import math
 import os
 import pathlib
 from dataclasses import dataclass
 
 import numpy as np
 
-from configs import load_config
+from configs import check_ranges, load_config
 from data.log import run_main
-from data.triplets import SPLITS, _file, _inside, _need, _number, _table, split_anchors
+from data.triplets import (SPLITS, deal_splits, inside_path, need_columns, read_table,
+                           whole_number)
+
+HEADER = ["ref", "left", "right", "label", "split"]
+WORDS = {"things": 4, "rdm": 4, "list": 3, "ratings": 3, "votes": 3}  # of a command
 
 
-def convert_things(triplets_csv, images_txt, out_csv, seed):
-    """THINGS odd-one-out judgements -> generic CSV; returns the number of triplets a split.
+@dataclass
+class Config:
+    seed: int = 0              # of the draws, the sides and the splits
+    disjoint: bool = False     # leave triplets out whose pictures are of different splits
+    first: int = -1            # things: number of the list's first image, 0 or 1; -1: find out
+    similarity: bool = False   # rdm: the matrix holds similarities s, of which 1 - s is taken
+    per_anchor: int = 50       # rdm: triplets of each image
+    pictures: str = "{}"       # list, ratings, votes: a picture's path, {} being its name
+    lead: float = 1.0          # ratings, votes: by how much the near one must be ahead
 
-    triplets_csv: columns anchor_idx,positive_idx,negative_idx, the positive being the nearer one.
-    images_txt: one path a line, relative to out_csv's folder; line 1 is image 0.
+    def check(self):
+        check_ranges(self, first=(-1, 0, 1), not_negative=("seed",),
+                     positive=("per_anchor", "lead"))
+
+
+# -------------------------------- readers: a file -> [(anchor, near, far, its row in the file)]
+
+
+def read_things(path, count, first):
+    """THINGS' odd-one-out judgements, as numbers of `count` images from 0.
+
+    Of the pair that goes together in trainset.txt, the first image is the anchor.
     """
-    names = image_list(images_txt, out_csv)
-    columns = ("anchor_idx", "positive_idx", "negative_idx")
-    table = _table(triplets_csv)
-    _need(triplets_csv, next(table), columns)
-    found = []
+    is_csv = "," in read_text(path)
+    if is_csv:
+        columns = ("anchor_idx", "positive_idx", "negative_idx")
+        table = read_columns(path, columns)
+    else:
+        columns = ("1", "2", "3")
+        table = read_words(path, columns)
+    rows = []
     for number, cells in table:
-        where = f"{triplets_csv}, row {number}, "
-        indices = []
-        for column in columns:
-            try:
-                index = _number(cells[column], column)
-            except ValueError as error:
-                raise ValueError(where + str(error)) from None
-            if not 0 <= index < len(names):
-                raise ValueError(f"{where}column '{column}': {index} is none of the {len(names)} "
-                                 f"images of {images_txt}, counted from 0")
-            indices.append(index)
-        if len(set(indices)) < 3:
-            # an image is nearest to itself: such a row teaches nothing, or a wrong thing
-            raise ValueError(f"{where}columns {', '.join(columns)}: {indices} repeats an image")
-        found.append(indices)
-    return write_triplets(out_csv, found, names, seed)
+        try:
+            rows.append([whole_number(cells, column) for column in columns] + [number])
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}, {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: holds no triplets")
+    rows = np.array(rows)                                  # (n,4): anchor, near, far, row
+    images = rows[:, :3]                                                     # (n,3)
+    if first == -1:
+        first = 0 if is_csv else first_number(path, images, count)
+    outside = np.argwhere((images < first) | (images >= first + count))
+    if len(outside):
+        triplet, side = outside[0]
+        raise ValueError(f"{path}, row {rows[triplet, 3]}, column '{columns[side]}': "
+                         f"{images[triplet, side]} is none of the {count} images of the list, "
+                         f"counted from {first}")
+    images -= first
+    return rows.tolist()
 
 
-def convert_rdm(matrix_npy, images_txt, out_csv, seed, per_anchor):
+def first_number(path, images, count):
+    """0 or 1, the number of the first of `count` images. ValueError if they do not tell."""
+    low, high = images.min(), images.max()
+    if low <= 0:
+        return 0
+    if high >= count:
+        return 1
+    raise ValueError(f"{path}: its numbers run from {low} to {high}, and the list has {count} "
+                     "images: say by --first=0 or --first=1 where they start")
+
+
+def mine_matrix(path, count, config):
     """Triplets mined from a dissimilarity matrix (n,n), as is done with brain data.
 
-    Each image is an anchor `per_anchor` times, without repeating a pair: the positive is drawn from
-    its nearest 3 % of the other images, the negative from its farthest 5 %, at least one of each.
+    Each image is an anchor `per_anchor` times, without repeating a pair: the positive is drawn
+    from the nearest 3 % of the other images, the negative from the farthest 5 %, at least one.
     """
-    names = image_list(images_txt, out_csv)
-    rng = np.random.default_rng([seed, 0])
+    matrix = read_matrix(path, count, config.similarity)
+    rng = np.random.default_rng([config.seed, 0])
     found = []
-    for anchor, row in enumerate(_matrix(matrix_npy, len(names))):                       # row (n,)
+    for anchor, row in enumerate(matrix):                                    # row (n,)
         others = np.argsort(row, kind="stable")  # equal distances: by number, on every machine
-        others = others[others != anchor]                                                # (n-1,)
+        others = others[others != anchor]                                    # (n-1,)
         near = others[:max(1, round(0.03 * len(others)))]
         far = others[-max(1, round(0.05 * len(others))):]
         if row[near[-1]] >= row[far[0]]:
-            raise ValueError(f"{matrix_npy}: row {anchor} (from 0): its nearest and its farthest "
+            raise ValueError(f"{path}: row {anchor} (from 0): its nearest and its farthest "
                              f"images are equally far ({row[far[0]]}); it says nothing")
         pairs = len(near) * len(far)
-        for pair in rng.choice(pairs, size=min(per_anchor, pairs), replace=False):
-            found.append([anchor, near[pair // len(far)], far[pair % len(far)]])
-    return write_triplets(out_csv, found, names, seed)
+        for pair in rng.choice(pairs, size=min(config.per_anchor, pairs), replace=False):
+            found.append((anchor, near[pair // len(far)], far[pair % len(far)], anchor))
+    return found
 
 
-def _matrix(matrix_npy, count):
-    """A dissimilarity matrix (count, count): finite, symmetric."""
+def read_matrix(path, count, similarity):
+    """A dissimilarity matrix (count, count): finite, symmetric, 0 on its diagonal."""
     try:
-        matrix = np.load(_file(matrix_npy), allow_pickle=False)
-    except ValueError:  # pickled objects are refused unread
-        raise ValueError(f"{matrix_npy}: not a NumPy file of numbers") from None
+        matrix = np.asarray(np.load(existing(path), allow_pickle=False), float)
+    except (ValueError, TypeError, EOFError):  # pickled objects are refused unread
+        raise ValueError(f"{path}: not a NumPy file of numbers") from None
     if matrix.shape != (count, count) or count < 3:
-        raise ValueError(f"{matrix_npy}: shape {matrix.shape}; {count} images need "
+        raise ValueError(f"{path}: shape {matrix.shape}; {count} images need "
                          f"({count}, {count}), and at least 3 of them")
     # symmetric within np.isclose: float32 matrices are often written by summing in two orders
     bad = np.argwhere(~np.isfinite(matrix) | ~np.isclose(matrix, matrix.T))
     if len(bad):
         row, column = bad[0]
-        raise ValueError(f"{matrix_npy}: entry ({row}, {column}) is {matrix[row, column]} and "
-                         f"({column}, {row}) is {matrix[column, row]}: finite and equal is needed")
+        raise ValueError(f"{path}: entry ({row}, {column}) is {matrix[row, column]} and "
+                         f"({column}, {row}) is {matrix[column, row]}: finite and equal is "
+                         "needed")
+    if similarity:
+        matrix = 1 - matrix
+    own = np.abs(matrix.diagonal())  # distance of an image from itself
+    if own.max() > 1e-5 * np.abs(matrix).max():  # float32 rounding of sums
+        kind = "1 - s" if similarity else "a distance"
+        raise ValueError(f"{path}: {kind} must be 0 on the diagonal, is {own.max()} in row "
+                         f"{own.argmax()} (from 0); similarities need --similarity=True")
     return matrix
 
 
-def image_list(images_txt, out_csv):
-    """Paths of a list, one a line, checked to be files inside out_csv's folder."""
-    folder = pathlib.Path(out_csv).parent
-    names = _file(images_txt).read_text(encoding="utf-8-sig").splitlines()
-    for number, name in enumerate(names, 1):
-        try:
-            _inside(name, "path")
-        except ValueError as error:
-            raise ValueError(f"{images_txt}, row {number}, {error}") from None
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{images_txt}, row {number}: no file {name!r} in {folder}; "
-                                    "OUT.csv must lie where the paths of the list begin")
-    return names
+def read_list(path):
+    """Lines "A B C": A is closer to B than to C. Names have no spaces in them."""
+    found = []
+    for number, cells in read_words(path, ("A", "B", "C")):
+        found.append((cells["A"], cells["B"], cells["C"], number))
+    return found
 
 
-def write_triplets(out_csv, found, names, seed):
-    """Write (anchor, positive, negative) indices as the generic CSV, all at once or not at all.
+def read_ratings(path, lead):
+    """Ratings of pairs: two by one rater that share a picture and differ by `lead` or more."""
+    ratings = {}  # (rater, anchor) -> [(rating, other picture, row), ...]
+    for number, cells in read_columns(path, ("rater", "i", "j", "rating")):
+        rating = finite(path, number, cells, "rating")
+        rater, i, j = cells["rater"], cells["i"], cells["j"]
+        if i != j:
+            ratings.setdefault((rater, i), []).append((rating, j, number))
+            ratings.setdefault((rater, j), []).append((rating, i, number))
+    found = []
+    for (rater, anchor), rated in ratings.items():
+        for pair in itertools.combinations(rated, 2):
+            (low, far, _), (high, near, number) = sorted(pair)
+            if high - low >= lead and near != far:
+                found.append((anchor, near, far, number))
+    return found
 
-    The positive goes left or right by a fair, seeded coin; anchors are split 80/10/10.
+
+def read_votes(path, lead):
+    """Votes for a and b: the side with at least `lead` more of them is the near one."""
+    found = []
+    for number, cells in read_columns(path, ("ref", "a", "b", "votes_a", "votes_b")):
+        votes_a = finite(path, number, cells, "votes_a")
+        votes_b = finite(path, number, cells, "votes_b")
+        if votes_a - votes_b >= lead:
+            found.append((cells["ref"], cells["a"], cells["b"], number))
+        if votes_b - votes_a >= lead:
+            found.append((cells["ref"], cells["b"], cells["a"], number))
+    return found
+
+
+def read_columns(path, columns):
+    """Yields (row number, {column: cell}) of a CSV that has these columns."""
+    table = read_table(path)
+    need_columns(path, next(table), columns)
+    yield from table
+
+
+def read_words(path, columns):
+    """Yields (line number, {column: word}) of a text file; blank lines are left out."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        words = line.split()
+        if words and len(words) != len(columns):
+            raise ValueError(f"{path}, row {number}: {len(words)} words, where {len(columns)} "
+                             "separated by spaces are needed")
+        if words:
+            yield number, dict(zip(columns, words))
+
+
+def finite(path, number, cells, column):
+    """The number in a cell. ValueError for anything else, infinities and nan too."""
+    try:
+        value = float(cells[column])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}, row {number}, column '{column}': {cells[column]!r} must be "
+                         "a number")
+    return value
+
+
+def read_text(path):
+    try:
+        return existing(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8") from None
+
+
+def existing(path):
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return pathlib.Path(path)
+
+
+# ------------------------------------------------------------------------ the one form written
+
+
+def image_list(images_txt):
+    """Paths of a list, one a line; line 1 is the first image."""
+    return read_text(images_txt).rstrip().split("\n")
+
+
+def number_pictures(found, pictures):
+    """Readers' names -> (paths of the distinct pictures, triplets of their numbers from 0)."""
+    numbers, numbered = {}, []
+    for anchor, near, far, row in found:
+        triplet = []
+        for name in (anchor, near, far):
+            path = pictures.replace("{}", name)
+            triplet.append(numbers.setdefault(path, len(numbers)))
+        numbered.append([*triplet, row])
+    return list(numbers), numbered
+
+
+def write_triplets(out_csv, found, names, source, config):
+    """Write triplets as the generic CSV, whole or not at all; returns how many a split has.
+
+    found: [(anchor, near, far, row in source)], numbers of `names`, the pictures' paths.
+    The near one goes left or right by a fair, seeded coin.
     """
-    splits = split_anchors([anchor for anchor, _, _ in found], seed)
-    counts = {split: splits.count(split) for split in SPLITS}
+    check_pictures(out_csv, found, names, source)
+    dealt = []
+    for anchor, near, far, _ in found:
+        dealt += [anchor, near, far] if config.disjoint else [anchor]
+    splits = deal_splits(dealt, config.seed)
+    # Sides must say nothing: a tower cannot see them, but other readers of the file may.
+    sides = np.random.default_rng([config.seed, 1]).integers(2, size=len(found))
+    counts = dict.fromkeys(SPLITS, 0)
+    lines = []
+    for (anchor, near, far, _), side in zip(found, sides):
+        split = splits[anchor]
+        if config.disjoint and (splits[near] != split or splits[far] != split):
+            continue
+        left, right = (far, near) if side else (near, far)
+        lines.append([names[anchor], names[left], names[right], side, split])
+        counts[split] += 1
     if not all(counts.values()):
-        raise ValueError(f"{out_csv}: too few anchors to split them in "
-                         "train, val and test; at least 3 are needed")
-    # Left and right must say nothing: a tower cannot see sides, but other readers of the file may.
-    sides = np.random.default_rng([seed, 1]).integers(2, size=len(found))
+        raise ValueError(f"{out_csv}: too few anchors or pictures to split them in train, val "
+                         f"and test: {counts}")
+    if os.path.exists(out_csv) and not read_text(out_csv).startswith(",".join(HEADER)):
+        raise ValueError(f"{out_csv}: is there and not of this command; name another file")
     partial = pathlib.Path(f"{out_csv}.tmp")
     with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["ref", "left", "right", "label", "split"])
-        for (anchor, positive, negative), side, split in zip(found, sides, splits):
-            left, right = (negative, positive) if side else (positive, negative)
-            writer.writerow([names[anchor], names[left], names[right], side, split])
+        csv.writer(file).writerows([HEADER, *lines])
     os.replace(partial, out_csv)
     return counts
 
 
-@dataclass
-class Config:
-    seed: int = 0           # of the draws, the sides and the splits
-    per_anchor: int = 50    # rdm: triplets of each image
+def check_pictures(out_csv, found, names, source):
+    """ValueError or FileNotFoundError for a triplet that no one could learn from."""
+    folder = pathlib.Path(out_csv).parent
+    checked = set()
+    for anchor, near, far, row in found:
+        if anchor == near or anchor == far or near == far:
+            raise ValueError(f"{source}, row {row}: {names[anchor]}, {names[near]}, {names[far]} "
+                             "repeats an image")
+        for number in (anchor, near, far):
+            if number in checked:
+                continue
+            name = names[number]
+            try:
+                inside_path({"path": name}, "path")
+            except ValueError as error:
+                raise ValueError(f"{source}, row {row}, {error}") from None
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{source}, row {row}: no file {name!r} in {folder}; "
+                                        "OUT.csv must lie where the pictures' paths begin")
+            checked.add(number)
 
 
 def main(argv=None):
     config, words = load_config(Config, globals(), argv)
-    if len(words) != 4 or words[0] not in ("things", "rdm"):
-        raise ValueError("write: python -m data.triplets things TRIPLETS.csv IMAGES.txt OUT.csv "
-                         "(or: rdm MATRIX.npy IMAGES.txt OUT.csv) [--seed=0]; --help says more")
-    if words[0] == "things":
-        counts = convert_things(*words[1:], config.seed)
+    if not words or len(words) != WORDS.get(words[0]):
+        raise ValueError("write: python -m data.prepare.triplets things TRIPLETS IMAGES.txt "
+                         "OUT.csv (or rdm, list, ratings, votes; --help says more)")
+    kind, source, out_csv = words[0], words[1], words[-1]
+    if kind in ("things", "rdm"):
+        names = image_list(words[2])
+        if kind == "things":
+            found = read_things(source, len(names), config.first)
+        else:
+            found = mine_matrix(source, len(names), config)
     else:
-        counts = convert_rdm(*words[1:], config.seed, config.per_anchor)
-    print(f"{words[3]}: " + ", ".join(f"{n:,} {split}" for split, n in counts.items()))
+        if kind == "list":
+            found = read_list(source)
+        elif kind == "ratings":
+            found = read_ratings(source, config.lead)
+        else:
+            found = read_votes(source, config.lead)
+        names, found = number_pictures(found, config.pictures)
+    counts = write_triplets(out_csv, found, names, source, config)
+    line = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    left_out = len(found) - sum(counts.values())
+    if left_out:
+        line += f"; {left_out:,} left out, whose pictures are of different splits"
+    print(f"{out_csv}: {line}")
 
 
 if __name__ == "__main__":
