@@ -652,7 +652,7 @@ def test_ratings_of_one_rater_that_differ_enough_make_triplets(tmp_path):
     """By hand: anna's pairs share a picture; ben's rating is not compared with hers."""
     listed(tmp_path, 5)
     rows = [["anna", 0, 1, 9], ["anna", 0, 2, 4], ["anna", 3, 0, 5.5], ["anna", 1, 2, 8],
-            ["ben", 0, 4, 1], ["ben", 3, 1, 1], ["ben", 3, 2, 6], ["anna", 4, 4, 9]]
+            ["ben", 0, 4, 1], ["ben", 3, 1, 1], ["ben", 3, 2, 6], ["anna", 0, 0, 1]]
     write(tmp_path, rows, ["rater", "i", "j", "rating"], "r.csv")
     convert("ratings", tmp_path / "r.csv", tmp_path / "out.csv", "--pictures=images/{}.png",
             "--lead=3.5")
