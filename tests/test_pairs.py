@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.images import Augmentation, augment_batch, decode, eval_image
+from data.images import Augmentation, augment_batch
 from data.order import epoch_order, sample_rng
 from data.pairs import (BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory, join_parts,
                         load_batches)

@@ -42,7 +42,7 @@ ARMS = {
     "posthoc_slow": [POSTHOC + " --lr=2e-5"],  # at a fiftieth of it, as for NIGHTS
 }
 EVALUATE = ("evaluate.py {run} --benchmarks=data/toy/benchmarks --nights=data/toy/nights "
-            "--out={run}/eval")
+            "--workers=0 --out={run}/eval")
 
 
 @dataclass
