@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configs import load_config  # before torch: see there
+from configs import check_ranges, load_config  # before torch: see there
 import numpy as np
 import PIL
 import torch
@@ -38,7 +38,7 @@ from data.log import Progress, run_main
 from data.ranks import Ranks
 from data.text import Tokenizer
 from data.triplets import Triplets
-from model import CLIP, SIZES, VisionTower, load_clip, load_vision, read_checkpoint
+from model import CLIP, SIZES, VisionTower, load, read_checkpoint
 
 # -------------------------------------------------------------------------- metrics
 # Embeddings are unit rows in float32 on the CPU. Ties are broken as CLIP_benchmark breaks them:
@@ -300,13 +300,8 @@ class Config:
     pool: int = 2000       # so many of the folder's images are searched
 
     def check(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype}: must be float32 or bfloat16")
-        if self.list not in LISTS:
-            raise ValueError(f"list={self.list}: must be {' or '.join(LISTS)}")
-        for field, least in (("batch_size", 1), ("workers", 0), ("pool", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
+        check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers",),
+                     dtype=("float32", "bfloat16"), list=tuple(LISTS))
         if bool(self.images) != bool(self.query or self.image):
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
 
@@ -383,13 +378,8 @@ class Model:
 
 def open_model(path, config, device):
     """Read one checkpoint, or draw it; refuses a vocabulary that does not fit."""
-    kind, settings = own_settings(path)
-    if path.startswith("random:"):
-        module = draw_weights(path, config)
-    elif kind == "vision":
-        module = load_vision(path)
-    else:
-        module = load_clip(path, quick_gelu=config.quick_gelu)
+    random = path.startswith("random:")
+    module = draw_weights(path, config) if random else load(path, config.quick_gelu)
     module.to(device).eval()
     vision, clip, tokenizer = module, None, None
     if isinstance(module, CLIP):
@@ -399,7 +389,7 @@ def open_model(path, config, device):
     if tokenizer and tokenizer.size != clip.config.vocab_size:
         raise ValueError(f"{path}: has {clip.config.vocab_size} tokens, the vocabulary "
                          f"{tokenizer.size}; give its own by --vocabulary=FILE")
-    info = module.info
+    info, settings = module.info, module.info["config"]
     warmup_samples = settings.get("warmup_steps", 0) * settings.get("batch_size", 0)
     about = {"checkpoint": path, "step": info["step"], "samples": info["samples"],
              "seed": settings.get("seed"), "warmup_samples": warmup_samples,
@@ -407,15 +397,6 @@ def open_model(path, config, device):
              "source": info["format"], "device": str(device), "precision": config.dtype,
              "quick_gelu": vision.config.quick_gelu}
     return Model(vision, clip, tokenizer, device, about)
-
-
-def own_settings(path):
-    """(kind, the run's config) of a checkpoint of this project; (None, {}) for any other."""
-    try:
-        content = read_checkpoint(path)
-    except (ValueError, FileNotFoundError):  # load_clip knows the foreign formats and folders
-        return None, {}
-    return content["kind"], content["config"]
 
 
 def draw_weights(path, config):
@@ -427,7 +408,7 @@ def draw_weights(path, config):
     else:
         module = VisionTower(size)
     module.info = {"sha256": f"{path}:{config.seed}", "format": "random", "step": 0,
-                   "samples": 0}
+                   "samples": 0, "config": {}}
     return module
 
 
@@ -445,11 +426,18 @@ def jobs_for(model, jobs):
 
 def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     """Evaluate what its result file lacks, and write set by set; returns (result, hits)."""
+    from data import results  # here and below, so that the trainers do not import it with us
     start, prompts = time.time(), {}
     model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
-    result, hits = begin_result(name, model, config)
-    done = [key for key, job in jobs.items() if is_done(result["tasks"].get(key), job)]
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "pillow": PIL.__version__}
+    result, hits = results.begin_result(config.out, {
+        "run": name, **model.about, "versions": versions, "list": config.list})
+    rows, done = LISTS[config.list], []
+    for key, job in jobs.items():
+        if job.fingerprints.items() <= result["tasks"].get(key, {}).items():
+            done.append(key)
     done = ranks.collect(done)[0]  # as rank 0 has it
     for key, job in jobs.items():
         if key in done:
@@ -467,46 +455,15 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
             hits[task_name] = task.pop("hits")
             result["tasks"][task_name] = task
         if ranks.rank == 0:
-            keep_result(result, hits, config)
+            results.keep_result(config.out, result, hits, rows)
             figures = [f"{metric} {100 * value:.1f}" for metric, value
                        in tasks[key]["metrics"].items() if value is not None]
             print(f"{label}: {'  '.join(figures)}  (n {tasks[key]['n']:,}, "
                   f"{tasks[key]['seconds']:.1f} s)", flush=True)
     if ranks.rank == 0:
-        keep_result(result, hits, config)
+        results.keep_result(config.out, result, hits, rows)
         print(f"{name}: {len(jobs)} sets, {len(done)} from before, {time.time() - start:.1f} s")
     return result, hits
-
-
-def begin_result(name, model, config):
-    """The earlier result if it is of the same weights and precision, else an empty one."""
-    from data import results  # here and below, so that the trainers do not import it with us
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "pillow": PIL.__version__}
-    result = {"format": results.FORMAT, "run": name, **model.about, "versions": versions,
-              "list": config.list, "missing": [], "tasks": {}}
-    if os.path.exists(os.path.join(config.out, f"{name}.json")):
-        earlier, hits = results.read_result(os.path.join(config.out, name))
-        if all(earlier[key] == result[key] for key in ("sha256", "precision", "quick_gelu")):
-            return result | {"tasks": earlier["tasks"]}, hits
-    return result, {}
-
-
-def keep_result(result, hits, config):
-    """Write what there is so far, with the rows of the list that are still missing."""
-    from data import results
-    names = [row.sets[0] for row in LISTS[config.list]]
-    result["missing"] = [name for name in names if name not in result["tasks"]]
-    results.write_result(os.path.join(config.out, result["run"]), result, hits)
-
-
-def is_done(task, job):
-    """Whether an earlier task was measured on the set or triplets as they are now."""
-    if isinstance(job, Triplets):
-        now = {"samples_sha256": job.fingerprint}
-    else:
-        now = job.fingerprints
-    return task is not None and now.items() <= task.items()
 
 
 def main(argv=None):

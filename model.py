@@ -420,7 +420,8 @@ def load(path, quick_gelu=None):
     module.load_state_dict(weights, assign=True)
     module.vocabulary = content.get("vocabulary")
     module.info = {"path": str(path), "sha256": files.sha256(path), "format": layout,
-                   "step": content.get("step"), "samples": content.get("samples")}
+                   "step": content.get("step"), "samples": content.get("samples"),
+                   "config": content.get("config", {})}
     return module.eval()
 
 

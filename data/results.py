@@ -99,6 +99,24 @@ def read_result(path):
     return result, hits
 
 
+def begin_result(folder, result):
+    """FOLDER's earlier result of this run if it is of the same weights, else an empty one."""
+    result = {"format": FORMAT, **result, "missing": [], "tasks": {}}
+    path = os.path.join(folder, result["run"])
+    if os.path.exists(f"{path}.json"):
+        earlier, hits = read_result(path)
+        if all(earlier[key] == result[key] for key in ("sha256", "precision", "quick_gelu")):
+            return result | {"tasks": earlier["tasks"]}, hits
+    return result, {}
+
+
+def keep_result(folder, result, hits, rows):
+    """Write what there is so far, with the sets of `rows` that are still missing."""
+    names = [row.sets[0] for row in rows]
+    result["missing"] = [name for name in names if name not in result["tasks"]]
+    write_result(os.path.join(folder, result["run"]), result, hits)
+
+
 # ------------------------------------------------------------------------------ intervals
 
 

@@ -79,6 +79,7 @@ class Triplets:
         # Sizes tell other images; times would not survive a copy.
         sizes = [self.sizes[i] for i in self.index.ravel()]
         self.fingerprint = fingerprint([self.paths.tolist(), sizes, self.labels.tolist()])
+        self.fingerprints = {"samples_sha256": self.fingerprint}  # as BenchmarkSet has them
 
     def __len__(self):
         return len(self.labels)

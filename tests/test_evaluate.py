@@ -301,9 +301,9 @@ FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message 
     "nothing to do": (None, {"benchmarks": ""}, "nothing to do"),
     "an image that is a folder": (None, {"images": "x", "image": ROOT}, "no such file"),
     "a query of nothing": (None, {"query": "red"}, "goes with --query=TEXT or --image=FILE"),
-    "an unknown list": (None, {"list": "codes"}, "list=codes: must be code or plan"),
-    "an unknown precision": (None, {"dtype": "half"}, "must be float32 or bfloat16"),
-    "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be at least 1"),
+    "an unknown list": (None, {"list": "codes"}, "list='codes': must be one of 'code', 'plan'"),
+    "an unknown precision": (None, {"dtype": "half"}, "must be one of 'float32', 'bfloat16'"),
+    "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be above 0"),
 }
 
 

@@ -17,12 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 
 from data.order import epoch_order
-from data.pairs import Pairs
 from data.prepare.tars import write_shards
 from data.shards import index_shards
 from model import SIZES, flops_per_pair
 from tests.bench import interleave, options, spread, start, table, totals
-from tests.bench.loader import PLAIN, Words, draw_jpeg
+from tests.bench.loader import PLAIN, Words, draw_jpeg, pairs_of
 from tests.bench.step import alone
 
 
@@ -36,7 +35,7 @@ def pair_costs(count, rounds, device):
         shards = sum(path.stat().st_size for path in Path(folder).glob("*.tar"))
         index = totals(interleave({"": lambda mark: index_shards(folder, words)}, 1, device, 0)[""])
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        pairs = Pairs(folder, words, 224, 0, 77, PLAIN, lambda captions, rng: 0)
+        pairs = pairs_of(folder, PLAIN)
         pick = random.Random(0)
 
         def read(mark):
@@ -44,7 +43,7 @@ def pair_costs(count, rounds, device):
                 pairs.shards.image(pick.randrange(count))
 
         laps = interleave({
-            "open": lambda mark: Pairs(folder, words, 224, 0, 77, PLAIN, lambda captions, rng: 0),
+            "open": lambda mark: pairs_of(folder, PLAIN),
             "order": lambda mark: epoch_order(0, 0, count), "read": read}, rounds, device)
     order = epoch_order(0, 0, count)
     each = {name: [s / (64 if name == "read" else count) for s in totals(rounds_of)]

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.images import MEAN, STD, Augmentation, augment_batch
 from data.pairs import PairBatches, Pairs, as_loaded
 from data.prepare.tars import write_shards
+from data.shards import Shards, index_shards
 from tests.bench import interleave, options, ratio, spread, start, table, totals
 
 PLAIN = Augmentation(crop=(0.9, 1.0))
@@ -41,6 +43,13 @@ class Words:
 
     def encode(self, captions):
         return [list(caption.encode()) for caption in captions]
+
+
+def pairs_of(folder, augmentation):
+    """data.pairs.Pairs of a folder of shards at 224 pixels, with the first caption of each."""
+    index_shards(folder, Words())
+    settings = types.SimpleNamespace(image_size=224, seed=0, context_length=77)
+    return Pairs(Shards(folder, Words()), Words(), settings, augmentation, lambda count, rng: 0)
 
 
 def draw_jpeg(rng):
@@ -183,7 +192,7 @@ def main():
                               for i in range(args.count)), args.count)
         routes = {}  # (augmentation, route): data set
         for name, augmentation in (("plain", PLAIN), ("paper", PAPER)):
-            pairs = Pairs(folder, Words(), 224, 0, 77, augmentation, lambda count, rng: 0)
+            pairs = pairs_of(folder, augmentation)
             routes |= {(name, "usual"): UsualRoute(pairs, augmentation), (name, "ours"): pairs}
         alone = {key: one_process(dataset, places, args.batch) for key, dataset in routes.items()}
         for name in ("plain", "paper"):

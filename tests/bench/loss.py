@@ -3,7 +3,7 @@
     python -m tests.bench.loss                            # 4,096, 16,384 and 65,536 pairs
     python -m tests.bench.loss --pairs=16384 --chunks=256,512,1024,2048,4096
 
-pretrain.contrastive_loss on unit embeddings of width 512, fp32. chunk 0 is the plain form. Every
+pretrain.contrastive_loss on unit embeddings of width 512, fp32, or data.pieces.ChunkedLoss. Every
 run has a process of its own, in turns. Extra memory is the peak above what the embeddings take
 (resident on CPU, allocated on a GPU). Where the plain form would not fit it is left out, with
 what it would need; sizes above 20,000 pairs run once, with the chunk that was best at the size
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import pretrain
+from data.pieces import ChunkedLoss
 from tests.bench import Clock, fresh, options, ratio, spread, start, table
 
 WIDTH = 512
@@ -45,7 +46,11 @@ def one_run(pairs, chunk, device):
     """Loss and gradients once -> {"seconds", "bytes"}."""
     def loss_and_gradient(image_emb, text_emb):
         scale = torch.tensor(1 / 0.07, device=device, requires_grad=True)
-        loss = pretrain.contrastive_loss(image_emb, text_emb, image_emb, text_emb, scale, 0, chunk)
+        inputs = image_emb, text_emb, image_emb, text_emb, scale, 0
+        if chunk:
+            loss = ChunkedLoss.apply(pretrain.contrastive_loss, chunk, *inputs)
+        else:
+            loss = pretrain.contrastive_loss(*inputs)
         torch.autograd.grad(loss, [image_emb, text_emb, scale])
 
     def draw(count):  # (count, E) of unit length

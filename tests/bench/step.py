@@ -8,11 +8,10 @@ pretrain.py (clipping included, which open_clip leaves out by default), the peer
 trainer. "plain" is ours with every trick off; each is then switched on alone, and all together.
 --compile adds both, compiled. "of peak" is the nominal work of a pair, 77 text tokens, against a
 large matrix product of the same dtype measured in the same rounds. Peak memory is that of a fresh
-process per case: resident on CPU, of the allocator on a GPU. --trim gives freed memory back to the
-system, as glibc does by itself once large blocks were freed, instead of keeping it (configs).
+process per case: resident on CPU, of the allocator on a GPU.
 """
 import contextlib
-import ctypes
+import functools
 import json
 import math
 import resource
@@ -29,73 +28,83 @@ from tests.bench import (caption_lengths, fresh, interleave, make_batch, options
                          start, table, totals)
 from tests.bench.peer import PeerStep, load_peer
 
-TRICKS = {  # what README calls the tricks
-    "text chunks": "captions sorted, cut in chunks; otherwise all 77 tokens",
+TRICKS = {  # as docs/speed.md names them
+    "packed captions": "linear layers see real tokens only; otherwise all 77",
     "class token only": "last vision block computes one query an image",
     "end token only": "last text block computes one query a caption",
     "fused AdamW": "one kernel; otherwise torch's default",
     "patchify": "reshape and matrix product; otherwise a convolution",
     "attention": "matrix products where they are faster (bf16 on a CPU); otherwise torch's kernel",
 }
-ALONE = types.SimpleNamespace(rank=0, world=1)  # a data.ranks.Ranks without other ranks
+ALONE = types.SimpleNamespace(rank=0, world=1, gather=lambda *rows: rows)  # a Ranks of one
 
 
 # ---------------------------------------------------------------------- the tricks, switched off
 
-def padded(tower, tokens):
-    """TextTower.without_padding's results for all L tokens of each caption, in the given order."""
+def plan_of_all(tower, tokens):
+    """TextTower.plan for all L tokens of each caption, padding too."""
     count, length = tokens.shape
-    device, order, ends = tower.position_embedding.device, torch.arange(count), tokens.argmax(1)
-    ids, rows, ends, order = (
-        t.to(device) for t in (tokens.flatten(), order * length + ends, ends, order))
-    x = tower.token_embedding(ids) + tower.position_embedding[:length].repeat(count, 1)  # (B*L, D)
-    return x, ((count, length),), rows, ends, order
+    device, ends = tower.position_embedding.device, tokens.argmax(1)
+    plan = [tokens.flatten(), torch.arange(count * length), torch.arange(count) * length + ends,
+            torch.arange(length) <= ends[:, None]]
+    return [tensor.to(device) for tensor in plan]
 
 
-def read_whole(block, x, spans, rows, ends=None):
-    """Block.read's result the plain way: every token through the block, then the rows (B,)."""
-    return block(x, spans, ends is not None).index_select(0, rows)  # (B, D)
+def attend_fused(q, k, v, heads, causal=False, mask=None):
+    """model.attend by torch's fused kernel, whatever the device and the precision."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.transpose(1, 2).flatten(2)
 
 
-def forward_convolved(tower, images):
-    """VisionTower.forward with the patch embedding as a convolution."""
-    size, p = len(images), tower.patch_size
+def patches_convolved(tower, images):
+    """The patch embedding as a convolution: images (B, 3, S, S) -> (B, N-1, D)."""
+    p = tower.patch_size
     weight = tower.patch_embed.weight.view(-1, 3, p, p)                     # (D, 3, P, P)
-    x = F.conv2d(images, weight, stride=p).flatten(2).transpose(1, 2)       # (B, N-1, D)
-    x = torch.cat([tower.class_embedding.expand(size, 1, -1), x], 1) + tower.position_embedding
-    tokens = x.shape[1]
-    x = tower.ln_pre(x).flatten(0, 1)                                       # (B*N, D)
-    rows = torch.arange(0, size * tokens, tokens, device=x.device)
-    x = model.run_blocks(tower, x, ((size, tokens),), rows)                 # (B, D)
+    return F.conv2d(images, weight, stride=p).flatten(2).transpose(1, 2)
+
+
+def vision_forward(tower, images, convolve, every):
+    """VisionTower.forward with a convolution, and with the last block for every token."""
+    if not convolve:
+        x = VISION_FORWARD(tower, images, every=every)
+        return x[:, 0] if every else x
+    x = patches_convolved(tower, images) + tower.position_embedding[1:]
+    first = tower.class_embedding + tower.position_embedding[0]
+    x = tower.ln_pre(torch.cat([first.expand(len(x), 1, -1), x], 1))        # (B, N, D)
+    attention = functools.partial(model.attend, heads=tower.config.vision_heads)
+    x = model.run_blocks(tower.blocks[:-1], x, attention, tower.recompute)
+    if every:
+        x = tower.blocks[-1](x, attention)[:, 0]
+    else:
+        x = tower.blocks[-1].read(x[:, :1], x, attention)                   # (B, D)
     return tower.projection(tower.ln_post(x))                               # (B, E)
 
 
-def attend_fused(qkv, spans, heads, causal):
-    """model.attend by torch's fused kernel, whatever the device and the precision."""
-    mixed = []
-    for part, (count, length) in zip(qkv.split([n * m for n, m in spans]), spans):
-        q, k, v = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (count, H, length, d)
-        mixed.append(y.transpose(1, 2).reshape(count * length, -1))
-    return torch.cat(mixed)                                             # (T, D)
+def text_forward(tower, tokens):
+    """TextTower.forward with the last block for every token."""
+    x = TEXT_FORWARD(tower, tokens, every=True)                             # (B, longest, E)
+    return x[torch.arange(len(x)), tokens.argmax(1)]
+
+
+VISION_FORWARD, TEXT_FORWARD = model.VisionTower.forward, model.TextTower.forward
 
 
 def only(on):
     """A context in which model.py computes with the tricks named in `on` and no other."""
-    read = model.Block.read
-
-    def read_some(block, x, spans, rows, ends=None):
-        quick = ("class token only" if ends is None else "end token only") in on
-        return (read if quick else read_whole)(block, x, spans, rows, ends)
+    def vision(tower, images):
+        return vision_forward(tower, images, "patchify" not in on, "class token only" not in on)
 
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(model.Block, "read", read_some))
-    if "text chunks" not in on:
-        stack.enter_context(mock.patch.object(model.TextTower, "without_padding", padded))
+    patch = mock.patch.object
+    if not {"patchify", "class token only"} <= on:
+        stack.enter_context(patch(model.VisionTower, "forward", vision))
+    if "end token only" not in on:
+        stack.enter_context(patch(model.TextTower, "forward", text_forward))
+    if "packed captions" not in on:
+        stack.enter_context(patch(model.TextTower, "plan", plan_of_all))
     if "attention" not in on:
-        stack.enter_context(mock.patch.object(model.Block, "attention", staticmethod(attend_fused)))
-    if "patchify" not in on:
-        stack.enter_context(mock.patch.object(model.VisionTower, "forward", forward_convolved))
+        stack.enter_context(patch(model, "attend", attend_fused))
     return stack
 
 
@@ -111,13 +120,15 @@ class OurStep:
 
     def __init__(self, config, device, dtype, compiled=False, ranks=ALONE):
         self.clip = model.CLIP(config).to(device).train()
-        self.device, self.bf16, self.ranks = device, dtype == "bfloat16", ranks
+        self.ranks = ranks
         if compiled:
             self.clip.vision.compile()
             self.clip.text.compile()
-        self.model = self.clip if ranks.world == 1 else torch.nn.parallel.DistributedDataParallel(
-            self.clip, gradient_as_bucket_view=True)
-        self.settings = types.SimpleNamespace(micro_batch=0, loss_chunk=0, exact_negatives=True)
+        self.settings = types.SimpleNamespace(loss_chunk=0, dtype=dtype)
+        self.model = pretrain.Encoder(self.clip, self.settings)
+        if ranks.world > 1:
+            self.model = torch.nn.parallel.DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True)
         self.optimizers = {fused: torch.optim.AdamW(
             model.optimizer_groups(self.clip, 0.1), lr=5e-4, betas=(0.9, 0.98), eps=1e-8,
             fused=fused or None) for fused in (True, False)}
@@ -126,13 +137,13 @@ class OurStep:
         """One update on (B, 3, S, S), (B, L); marks after forward, backward, clipping."""
         optimizer = self.optimizers[fused]
 
-        def embed(rows):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                output = self.model(images[rows], tokens[rows])
+        def encode(batch):
+            rows = self.model(batch)
             mark()
-            return output
+            return rows
 
-        pretrain.accumulate_gradient(self.model, embed, len(images), self.settings, self.ranks)
+        pretrain.whole_gradient(encode, {"views": images, "tokens": tokens}, self.settings,
+                                self.ranks)
         mark()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.clip.parameters(), 3.0)
         mark()
@@ -203,13 +214,9 @@ def main():
                      alone="")
     parser.add_argument("--compile", action="store_true", help="also all tricks, compiled")
     parser.add_argument("--totals", action="store_true", help="only plain, all, peer; no memory")
-    parser.add_argument("--trim", action="store_true", help="freed memory goes back to the system")
     args = parser.parse_args()
     if args.quick:
         args.model, args.batch, args.rounds = "toy", 8, 1
-    if args.trim:  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: where glibc's own rise to
-        for what, value in ((-3, 32 << 20), (-1, 64 << 20)):
-            ctypes.CDLL(None).mallopt(what, value)
     device, config = start(args), model.SIZES[args.model]
     images, tokens = make_batch(config, args.batch, device)
     if args.alone:
