@@ -204,9 +204,11 @@ def run_batches(encode, batches, own, device, dtype, ranks, label, unit):
     except ValueError as failure:  # from a worker it comes with its traceback
         error = str(failure).strip().splitlines()[-1].removeprefix("ValueError: ")
     everyone = ranks.collect((parts, error)) if ranks else [(parts, error)]
-    for _, message in everyone:
+    for parts, message in everyone:
         if message is not None:
             raise ValueError(message)
+        if not all(rows.isfinite().all() for rows in parts):
+            raise ValueError(f"{label or 'these weights'}: embeddings are not finite (NaN)")
     count = sum(len(parts) for parts, _ in everyone)
     world = len(everyone)
     return [everyone[i % world][0][i // world] for i in range(count)]

@@ -355,7 +355,7 @@ def write_checkpoint(path, content):
 
 
 def host_copy(value):
-    """Tensors in nested dicts, lists and tuples, copied to the host: later steps leave them alone."""
+    """Nested dicts, lists and tuples with their tensors copied to the host."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -386,9 +386,8 @@ def weights_checksum(weights):
 def load_clip(path, device="cpu", quick_gelu=None):
     """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
 
-    Names tell which it is. Its GELU is the quick one in OpenAI's files, as config.json says in
-    Hugging Face's, and in open_clip's if `quick_gelu` is True; the choice is printed.
-    ValueError or FileNotFoundError for anything else, in one line that names the tensor.
+    Its GELU is the quick one in OpenAI's files, as config.json says in Hugging Face's, and in
+    open_clip's if `quick_gelu` is True. ValueError or FileNotFoundError for anything else.
     """
     clip = load(path, quick_gelu)
     if isinstance(clip, VisionTower):
@@ -433,7 +432,8 @@ def copy_weights(path, module):
     whole = isinstance(module, CLIP)
     source = load_clip(path) if whole else load_vision(path)
     for field, ours in asdict(module.config).items():
-        theirs, of_text = getattr(source.config, field), field.startswith(("text", "vocab", "cont"))
+        theirs = getattr(source.config, field)
+        of_text = field.startswith(("text", "vocab", "context"))
         if theirs != ours and (whole or not of_text):
             raise ValueError(f"{path}: its {field} is {theirs}, this run's {ours}")
     weights = source.state_dict()

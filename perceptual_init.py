@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from configs import check_ranges, load_config  # before torch: see there
+from configs import check_patches, check_ranges, load_config  # before torch: see there
 import torch
 import torch.nn.functional as F
 
@@ -26,8 +26,8 @@ from data.log import RunLog, check_resume, run_main, stop_on_signals, write_reco
 from data.text import Tokenizer
 from data.triplets import Triplets
 from evaluate import embed_triplets, evaluate_set, two_afc
-from model import (FORMAT, SIZES, VisionTower, load_clip, optimizer_groups, read_checkpoint,
-                   weights_checksum, write_checkpoint)
+from model import (FORMAT, SIZES, VisionTower, load_clip, optimizer_groups,
+                   read_checkpoint, weights_checksum, write_checkpoint)
 
 HOOKS = ("triplet_loss", "lr_at", "augment", "batch_loss")  # what a recipe may replace
 
@@ -73,6 +73,7 @@ class Config:
                       "save_every"),
             not_negative=("min_votes", "micro_batch", "max_steps", "warmup_steps", "min_lr",
                           "weight_decay", "beta1", "beta2", "grad_clip", "margin", "seed"))
+        check_patches(self, SIZES[self.model].patch_size)
         if self.benchmarks and not self.init:
             raise ValueError(f"benchmarks={self.benchmarks}: zero-shot needs a CLIP; set init")
 

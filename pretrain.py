@@ -4,9 +4,9 @@
     python pretrain.py configs/toy.py configs/ideas/siglip.py        # a recipe over a recipe
     torchrun --nproc_per_node=8 pretrain.py configs/yfcc.py
 
-In: tar shards of image-caption pairs, a vocabulary and, for perceptual initialization, the vision
-tower of stage 1 (init_vision). Out: out_dir/ckpt.pt (newest), samples_*.pt (milestones), log.jsonl,
-bad_samples.tsv and record/. The same command, given again, goes on where the last one stopped.
+In: tar shards of image-caption pairs, a vocabulary and, for perceptual initialization, the
+vision tower of stage 1 (init_vision). Out, in out_dir: ckpt.pt (newest), samples_*.pt
+(milestones), log.jsonl, bad_samples.tsv, record/. The same command goes on where it stopped.
 Letters as in model.py; B is the global batch, b this rank's share of it.
 """
 import dataclasses
@@ -15,7 +15,8 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from configs import check_ranges, load_config, replaced_functions  # before torch: see there
+from configs import (check_patches, check_ranges, load_config,  # before torch: see there
+                     replaced_functions)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,26 +32,26 @@ from data.ranks import Ranks, need_compiler
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
 from evaluate import Pixels, embed, embed_texts, evaluate_set, retrieve
-from model import (CLIP, FORMAT, SIZES, copy_weights, flops_per_pair, host_copy,
-                   optimizer_groups, peak_flops, read_checkpoint, write_checkpoint)
+from model import (CLIP, FORMAT, SIZES, copy_weights, flops_per_pair,
+                   host_copy, optimizer_groups, peak_flops, read_checkpoint, write_checkpoint)
 
 # What a recipe may replace; the functions stand below in this order, with their defaults.
 HOOKS = ("choose_pairs", "pick_caption", "extra_arrays", "augment", "prepare_model", "encode",
          "global_loss", "lr_at", "after_step")
 # What may differ when a run goes on: it does not change what is learnt. The paths of data and
 # vocabulary may change; their content may not. keep_last is a setting of earlier versions.
-MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "out_dir", "workers", "micro_batch",
-              "compile", "loss_chunk", "recompute", "log_every", "log_to", "profile", "eval_every",
-              "save_every", "keep_last", "keep_at", "resume", "change"}
+MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "out_dir", "workers",
+              "micro_batch", "compile", "loss_chunk", "recompute", "log_every", "log_to",
+              "profile", "eval_every", "save_every", "keep_last", "keep_at", "resume", "change"}
 
 
 @dataclasses.dataclass
 class Config:
     # data
     data: str = "data/yfcc15m"            # folder of tar shards (data/shards.py)
-    held_out: str = ""                    # folder of pairs never trained on, for loss and recall
+    held_out: str = ""                    # pairs never trained on, for loss and recall
     vocabulary: str = "data/clip.tiktoken"
-    benchmarks: str = ""                  # folder of zero-shot sets to watch; they select nothing
+    benchmarks: str = ""                  # zero-shot sets to watch; they select nothing
     out_dir: str = "out/yfcc"
     workers: int = -1                     # loader processes of each rank; 0 loads in the loop,
                                           # -1: the cores of the machine, shared by its ranks
@@ -59,7 +60,7 @@ class Config:
     image_size: int = 224                 # pixels
     context_length: int = 77              # tokens
     quick_gelu: bool = False              # OpenAI's activation; GELU otherwise
-    init_vision: str = ""                 # checkpoint of perceptual_init.py; "" starts at random
+    init_vision: str = ""                 # tower of perceptual_init.py; "": random weights
     init: str = ""                        # a whole CLIP to start from
     # augmentation (data/images.py): the host crops, the device does the rest
     crop: tuple = (0.9, 1.0)              # area of the random resized crop, as a share
@@ -71,7 +72,7 @@ class Config:
     blur_sigma: tuple = (0.1, 2.0)        # pixels
     # batch
     batch_size: int = 8192                # pairs that see each other, over all ranks
-    micro_batch: int = 0                  # pairs in memory at once on a rank; 0: its whole share
+    micro_batch: int = 0                  # pairs in memory at once on a rank; 0: all its own
     loss_chunk: int = 0                   # rows of logits held at once; 0: all rows of the rank
     # optimization
     epochs: int = 32
@@ -88,12 +89,12 @@ class Config:
     seed: int = 42
     dtype: str = "bfloat16"               # of autocast; "float32" for none
     compile: bool = True                  # torch.compile the towers and the augmentation
-    recompute: bool = False               # activation checkpointing: memory for a third more time
+    recompute: bool = False               # activation checkpointing: a third more time
     # log and files
     log_every: int = 50                   # steps; the only steps at which the host waits
     log_to: str = ""                      # also to "tensorboard" or "wandb"
     profile: bool = False                 # write a torch trace of steps 3 to 7 to out_dir
-    eval_every: int = 0                   # steps between looks at held_out and benchmarks; 0: end
+    eval_every: int = 0                   # steps between looks at unseen sets; 0: at the end
     save_every: int = 1000                # steps
     keep_at: tuple = ()                   # milestones kept, in samples seen, for scaling curves
     resume: bool = True                   # False: insist on an out_dir without a checkpoint
@@ -101,23 +102,20 @@ class Config:
 
     def check(self):
         check_ranges(
-            self, model=tuple(SIZES), decay=("cosine", "constant"), dtype=("bfloat16", "float32"),
-            log_to=("", "tensorboard", "wandb"), positive=(
-                "image_size", "context_length", "batch_size", "epochs", "lr", "eps", "log_every",
-                "save_every"),
-            not_negative=("micro_batch", "loss_chunk", "max_steps", "min_lr",
-                          "warmup_steps", "weight_decay", "grad_clip", "eval_every"))
-        patch, odd = SIZES[self.model].patch_size, self.image_size % SIZES[self.model].patch_size
-        if odd:
-            raise ValueError(f"image_size={self.image_size}: must be a multiple of {self.model}'s "
-                             f"patch; try {self.image_size - odd} or {self.image_size - odd + patch}")
+            self, model=tuple(SIZES), decay=("cosine", "constant"),
+            dtype=("bfloat16", "float32"), log_to=("", "tensorboard", "wandb"),
+            positive=("image_size", "context_length", "batch_size", "epochs", "lr", "eps",
+                      "log_every", "save_every"),
+            not_negative=("micro_batch", "loss_chunk", "max_steps", "min_lr", "warmup_steps",
+                          "weight_decay", "grad_clip", "eval_every"))
+        check_patches(self, SIZES[self.model].patch_size)
         if self.init and self.init_vision:
-            raise ValueError(f"init={self.init}: brings its own vision tower; leave out init_vision")
+            raise ValueError(f"init={self.init}: brings its vision tower; drop init_vision")
 
 
-# ------------------------------------------- functions that a recipe may replace (HOOKS above)
-# Rules that keep micro-batches, ranks and resuming exact: encode() draws nothing at random. What one
-# pair decides alone is a row of encode(); what needs other pairs lies in global_loss(), which uses
+# ---------------------------------------- functions that a recipe may replace (HOOKS above)
+# Rules that keep micro-batches, ranks and resuming exact: encode() draws nothing at random. What
+# one pair decides alone is a row of encode(); what needs others lies in global_loss(), which uses
 # every row. All state is in the state dict.
 
 def choose_pairs(shards, config):
@@ -126,15 +124,15 @@ def choose_pairs(shards, config):
 
 
 def pick_caption(count, rng):
-    """Index of the caption to use among an image's `count`, drawn from the sample's generator."""
+    """Index of the caption to use among an image's `count`; rng is the sample's generator."""
     return int(rng.integers(count))
 
 
 def extra_arrays(pairs, sample, caption, rng, config):
     """{name: array} that the batch holds beside image and tokens, made by the loader.
 
-    pairs: data.pairs.Pairs; sample: number of the pair; caption: the index picked; rng: the
-    sample's own generator, behind all other draws. int64 arrays are token ids and stay on the host.
+    pairs: data.pairs.Pairs; sample: number of the pair; caption: the index picked; rng: its
+    own generator, behind all other draws. int64 arrays are token ids and stay on the host.
     """
     return {}
 
@@ -196,10 +194,10 @@ def after_step(clip, step, total_steps, config):
 # ------------------------------------------------------------------------------------- the loss
 
 def contrastive_loss(image_emb, text_emb, all_image_emb, all_text_emb, scale, first_row):
-    """Symmetric InfoNCE of this rank's rows against every pair (CLIP, arXiv 2103.00020, fig. 3).
+    """Symmetric InfoNCE of this rank's rows against every pair (arXiv 2103.00020, fig. 3).
 
     image_emb, text_emb: (b, E) unit rows of this rank, which stand at first_row of the (B, E)
-    all_*; scale (): exp of the learned temperature. Returns the mean over rows, both directions.
+    all_*; scale (): exp of the learned temperature. Returns the mean over rows, both ways.
     """
     labels = first_row + torch.arange(len(image_emb), device=image_emb.device)     # (b,)
     image_loss = F.cross_entropy(scale * image_emb @ all_text_emb.T, labels)
@@ -215,7 +213,8 @@ class Encoder(nn.Module):
         self.clip, self.config = clip, config
 
     def forward(self, batch):
-        device_type, bfloat16 = self.clip.logit_scale.device.type, self.config.dtype == "bfloat16"
+        device_type = self.clip.logit_scale.device.type
+        bfloat16 = self.config.dtype == "bfloat16"
         with torch.autocast(device_type, torch.bfloat16, enabled=bfloat16):
             return encode(self.clip, batch, self.config)
 
@@ -228,10 +227,10 @@ def whole_gradient(model, batch, config, ranks):
     return loss.detach(), {name: row.detach() for name, row in rows.items()}
 
 
-# ---------------------------------------------------------------------- starting, looking, saving
+# ------------------------------------------------------------------ starting, looking, saving
 
 def build(config, tokenizer):
-    """A CLIP of the run's size, and its AdamW; returns both and the line that says what it is."""
+    """A CLIP of the run's size, its AdamW, and a word on where its weights come from."""
     torch.manual_seed(config.seed)  # fixes the text tower whatever the vision tower becomes
     clip = CLIP(dataclasses.replace(
         SIZES[config.model], image_size=config.image_size, context_length=config.context_length,
@@ -259,8 +258,8 @@ def load_run(path, clip, optimizer, data, config):
     old, new = (Tokenizer(text).fingerprint for text in (saved["vocabulary"], clip.vocabulary))
     before = {"pairs": saved["data"], "words": old, "hooks": saved.get("hooks", {})}
     now = {"pairs": data, "words": new, "hooks": replaced_functions()}
-    changed = check_resume(before | saved["config"], now | dataclasses.asdict(config), MAY_CHANGE,
-                           config.change)
+    before, now = before | saved["config"], now | dataclasses.asdict(config)
+    changed = check_resume(before, now, MAY_CHANGE, config.change)
     clip.load_state_dict(saved["weights"])
     settings = [{**group} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved["optimizer"])
@@ -271,7 +270,7 @@ def load_run(path, clip, optimizer, data, config):
 
 @torch.no_grad()
 def look(clip, tokenizer, held_out, step, config, ranks):
-    """A log record of held-out and zero-shot figures; the ranks share the work, none repeats it."""
+    """A log record of held-out and zero-shot figures; the ranks share the work."""
     figures = {"step": step, "samples": step * config.batch_size}
     how = {"device": clip.logit_scale.device, "dtype": config.dtype, "ranks": ranks}
     clip.eval()
@@ -294,17 +293,17 @@ def look(clip, tokenizer, held_out, step, config, ranks):
 
 
 def step_figures(loss, rows, tokens, clip, config, ranks):
-    """Loss, accuracy and size of the batch for the log, means over ranks; waits for the device."""
-    nearest = (rows["image"][:1024] @ rows["text"].T).argmax(1)                # of 1,024 suffice
+    """Figures of a step, means over ranks, and its FLOP a pair; waits for the device."""
+    nearest = (rows["image"][:1024] @ rows["text"].T).argmax(1)            # 1,024 suffice
     right = (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()
     loss, accuracy = ranks.mean(torch.stack([loss, right]))
-    length = tokens.argmax(1).float().mean().item() + 1                        # up to the end token
+    length = tokens.argmax(1).float().mean().item() + 1                    # up to the end token
     return {"loss": loss, "accuracy": accuracy, "chance_loss": math.log(config.batch_size),
             "scale": clip.logit_scale.exp().item()}, flops_per_pair(clip.config, length)
 
 
 def save(names, config, content):
-    """Write out_dir/name; milestones without optimizer state. A full disk is a warning, no end."""
+    """Write out_dir/name; milestones without optimizer state. A full disk is a warning."""
     for name in names:
         path = os.path.join(config.out_dir, name)
         whole = content if name == "ckpt.pt" else content | {"optimizer": None}
@@ -346,7 +345,8 @@ def main(argv=None):
     if resumes:
         step, bad, changed = load_run(newest, clip, optimizer, pairs.fingerprint, config)
         source = f"{newest}, step {step}"
-    order = PairBatches(len(pairs), config.batch_size, ranks.rank, ranks.world, step, total_steps)
+    order = PairBatches(len(pairs), config.batch_size, ranks.rank, ranks.world, step,
+                        total_steps)
     if config.compile:  # in place: names in the state dict stay clean; then DDP around it
         clip.vision.compile()
         clip.text.compile()
@@ -357,7 +357,9 @@ def main(argv=None):
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
 
     # ---- 4. files and the first lines
-    changes = "".join(f"; {name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+    changes = ""
+    for name, (old, new) in changed.items():
+        changes += f"; {name} was {old!r}, is {new!r}"
     if ranks.rank == 0:
         write_record(config.out_dir, config, __file__, f"  # from step {step}{changes}")
     log = RunLog(config.out_dir, total_steps, step, config.log_to, mute=ranks.rank > 0)
@@ -389,7 +391,7 @@ def main(argv=None):
             loss_of = functools.partial(global_loss, config=config, ranks=ranks)
             loss, rows = cached_gradient(model, parts, loss_of, ranks)
         grad_norm = nn.utils.clip_grad_norm_(clip.parameters(), config.grad_clip or math.inf)
-        # The fused kernel leaves weights and moments alone where found_inf is 1: no look, no wait.
+        # The fused kernel leaves weights and moments alone where found_inf is 1: no wait.
         optimizer.found_inf = (~grad_norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()

@@ -7,9 +7,9 @@ that the script lists in HOOKS. Defaults < recipes in their order < --key=value.
     python pretrain.py configs/toy.py --seed=3 --out_dir=out/toy_seed3
     python pretrain.py configs/toy.py configs/ideas/siglip.py
 
-A recipe may compute, and may build on another (`from configs.yfcc import *`). A typed assignment
-(`keep: float = 1.0`) makes a setting of the recipe's own. Names that begin with an underscore or a
-capital letter, and imported modules, classes and functions, are the recipe's own business.
+A recipe may compute, and may build on another (`from configs.yfcc import *`). A typed
+assignment (`keep: float = 1.0`) makes a setting of its own. Names that begin with an underscore
+or a capital letter, and imported modules, classes and functions, are its own business.
 """
 import ast
 import dataclasses
@@ -21,8 +21,8 @@ import sys
 import types
 from pathlib import Path
 
-# OpenMP reads these when torch is loaded, so scripts import configs before torch. Threads that wait
-# look 1,000 times and then sleep: spinning for longer would steal the cores of a busy machine.
+# OpenMP reads these when torch is loaded, so scripts import configs before torch. Threads that
+# wait look 1,000 times, then sleep: to spin for longer would steal the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -34,7 +34,7 @@ _recipes = []  # files of the recipes on the command line
 
 
 def given(key, default):
-    """The value of --key=... on the command line, else `default`; for recipes that branch on it."""
+    """The value of --key=... on the command line, else `default`; for recipes that branch."""
     text = _command_line.get(key)
     return default if text is None else parse(text, type(default))
 
@@ -67,7 +67,7 @@ def load_config(Config, script, argv=None, files=True):
         raise SystemExit(0)
     script_name = Path(script["__file__"]).name
     if others and not files:
-        raise ValueError(f"{others[0]}: {script_name} takes recipes (*.py) and --key=value only")
+        raise ValueError(f"{others[0]}: {script_name} takes recipes (*.py) and --key=value")
     _script.update(_replaced)  # an earlier run in this process gives its functions back
     _script = script
     _replaced.clear()
@@ -88,7 +88,7 @@ def load_config(Config, script, argv=None, files=True):
 
 
 def read_settings(Config, script, recipes, options):
-    """({setting: value}, {setting: the recipe or argument it comes from}); replaces functions."""
+    """({setting: value}, {setting: where it comes from}); puts recipes' functions in place."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hooks = script.get("HOOKS", ())
     values, origin, replaced = {}, {}, {}
@@ -129,9 +129,10 @@ def split_arguments(argv):
 
 
 def import_recipe(path):
-    """A recipe as a module that any process can import, so that its functions can be sent there."""
+    """A recipe as a module that any process can import: so its functions can be sent there."""
     if not os.path.isfile(path):
-        known = [str(recipe.relative_to(ROOT)) for recipe in (ROOT / "configs").rglob("[!_]*.py")]
+        recipes = (ROOT / "configs").rglob("[!_]*.py")
+        known = [str(recipe.relative_to(ROOT)) for recipe in recipes]
         near = difflib.get_close_matches(path, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"{path}: no such recipe{hint}")
@@ -145,7 +146,7 @@ def import_recipe(path):
             sys.path.append(str(file.parent))
     module = importlib.import_module(name)
     if Path(module.__file__).resolve() != file:
-        raise ValueError(f"{path}: {name} is also the name of {module.__file__}; rename the recipe")
+        raise ValueError(f"{path}: {name} is also the name of {module.__file__}; rename it")
     return module
 
 
@@ -183,8 +184,8 @@ def with_own_settings(Config):
             if name in known or not name[0].islower():
                 continue
             if kind not in (str, int, float, bool, tuple) or not hasattr(module, name):
-                raise ValueError(f"{module.__file__}: {name}: write {name}: TYPE = VALUE with one "
-                                 "of str, int, float, bool, tuple")
+                raise ValueError(f"{module.__file__}: {name}: write {name}: TYPE = VALUE, TYPE "
+                                 "being one of str, int, float, bool, tuple")
             new[name] = (name, kind, getattr(module, name))
     if not new:
         return Config
@@ -232,7 +233,7 @@ def parse(text, kind):
 
 
 def typed(field, value, where):
-    """`value` as the field's type: whole numbers serve as floats, lists as tuples; else an error."""
+    """`value` as the field's type: whole numbers serve as floats, lists as tuples."""
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, str) and value.startswith("~/"):
@@ -244,6 +245,15 @@ def typed(field, value, where):
         kind = getattr(field.type, "__name__", str(field.type))
         raise ValueError(f"{where}: {field.name}={value!r}: must be of type {kind}")
     return value
+
+
+def check_patches(config, patch):
+    """ValueError unless config.image_size is a whole number of patches, both in pixels."""
+    size = config.image_size
+    if size % patch:
+        less = size // patch * patch
+        raise ValueError(f"image_size={size}: must be a multiple of {config.model}'s patch; "
+                         f"try {less} or {less + patch}")
 
 
 def check_ranges(config, positive=(), not_negative=(), **choices):

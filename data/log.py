@@ -1,4 +1,4 @@
-"""What a run says and leaves behind: log.jsonl, lines in the terminal, progress, the run's record."""
+"""What a run says and leaves behind: log.jsonl, lines in the terminal, progress, its record."""
 import contextlib
 import dataclasses
 import json
@@ -100,8 +100,9 @@ class RunLog:
         memory = torch.cuda.max_memory_allocated() or 1024 * resource.getrusage(0).ru_maxrss
         seconds = time.time() - self.start_time
         rate = samples * (1 - self.start_step / max(step, 1)) / seconds
-        self.say(f"step {step:,} of {self.total:,}, {samples:,} samples; {more}; {clock(seconds)}, "
-                 f"{rate:,.0f} samples/s, peak memory {memory / 2**30:.2f} GiB")
+        self.say(f"step {step:,} of {self.total:,}, {samples:,} samples; {more}; "
+                 f"{clock(seconds)}, {rate:,.0f} samples/s, peak memory "
+                 f"{memory / 2**30:.2f} GiB")
 
     def _show(self, text, in_place):
         lead = "\r\033[K" if self.open_line else ""  # rewrite the unfinished line of a terminal
@@ -131,7 +132,7 @@ class Meter:
 
 
 def trace_steps(out_dir):
-    """A running profiler that writes steps 3 to 7 to out_dir/trace.json, for chrome://tracing."""
+    """A running profiler: steps 3 to 7 go to out_dir/trace.json, for chrome://tracing."""
     from torch import profiler
     trace = profiler.profile(
         schedule=profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
@@ -200,8 +201,8 @@ def write_record(out_dir, config, script_file, note=""):
 def check_resume(saved, now, may_change=(), change=""):
     """Refuse to go on with other settings than the checkpoint's; both are dicts of settings.
 
-    may_change: settings that change nothing that is learnt. change: names, separated by commas, of
-    others that may differ this time. Returns {name: (old, new)} of these.
+    may_change: settings that change nothing that is learnt. change: names, with commas between,
+    of others that may differ this time. Returns {name: (old, new)} of these.
     A setting that the checkpoint does not know is newer than it, and no reason to refuse.
     """
     changed, allowed = {}, change.split(",") if change else []

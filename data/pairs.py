@@ -1,15 +1,15 @@
 """Image-caption batches whose content depends on (seed, epoch, position) and on nothing else.
 
-The sample at a position is `epoch_order(seed, epoch, n)[position]`; its caption, crop and further
-augmentation are drawn by `sample_rng(seed, epoch, sample)` (data/order.py). Ranks, workers and
-resuming change who makes a sample and when, never which or how.
+The sample at a position is `epoch_order(seed, epoch, n)[position]`; its caption, crop and other
+draws come from `sample_rng(seed, epoch, sample)` (data/order.py). Ranks, workers and resuming
+change who makes a sample and when, never which or how.
 
     pairs = Pairs(Shards(folder, tokenizer), tokenizer, config, augmentation, pick_caption)
     order = PairBatches(len(pairs), batch_size, rank, world_size, start_step, stop_step)
     for parts in load_batches(pairs, order, workers=8): ...
 
-n pairs, b of them in a part of a batch, L text tokens, S image side. Each process keeps the order
-of one epoch: 4 bytes a pair, 60 MB at 15 million.
+n pairs, b of them in a part of a batch, L text tokens, S image side. Each process keeps the
+order of one epoch: 4 bytes a pair, 60 MB at 15 million.
 """
 import hashlib
 import math
@@ -28,7 +28,7 @@ from data.order import epoch_order, sample_rng
 from data.ranks import usable_cores
 from data.shards import Shards, index_shards
 
-PART = 256  # pairs that a loader process makes at a time: a rank's batch may not fit in /dev/shm
+PART = 256  # pairs a loader process makes at a time: a rank's batch may not fit in /dev/shm
 GIVE_UP = 1000  # bad images in a row: a folder of nothing else would be searched for days
 SHARED_MEMORY = "/dev/shm"  # where loader processes leave what they made
 
@@ -85,7 +85,7 @@ class Pairs(Dataset):
         """[(epoch, position), ...] -> b pairs, a dict:
 
         images (b, 3, S, S) uint8; tokens (b, L) int64, zero padded; draws (b, 11) float32 for
-        `augment_batch`; samples (b,) int64, the pairs in it; bad [(name, reason), ...], the pairs
+        `augment_batch`; samples (b,) int64, the pairs in it; bad [(name, reason), ...], those
         that should be in it but hold no picture: the next pair of the epoch stands in for each;
         and the arrays (b, ...) of extra_arrays.
         """
@@ -105,8 +105,8 @@ class Pairs(Dataset):
     def _find(self, epoch, position, bad):
         """Image and arrays of the first good sample from a position on.
 
-        Only the pair at the position itself is noted as bad; the ones after it have positions of
-        their own, so that each is noted once an epoch, whatever the batches.
+        Only the pair at the position itself is noted as bad: those after it have positions of
+        their own, so each is noted once an epoch, whatever the batches.
         """
         reasons = Counter()
         for step in range(min(GIVE_UP, len(self))):
@@ -117,8 +117,8 @@ class Pairs(Dataset):
                 reasons[error.reason] += 1
                 if step == 0:
                     bad.append((self.name(sample), error.reason))
-        raise ValueError(f"{self.shards.folder}: {sum(reasons.values())} images in a row are bad "
-                         f"({_most_common(reasons)}); run python -m data.prepare.check on it")
+        raise ValueError(f"{self.shards.folder}: {sum(reasons.values())} images in a row are "
+                         f"bad ({_most_common(reasons)}); python -m data.prepare.check names them")
 
     def _make(self, epoch, sample):
         """Image (3, S, S) uint8 of one sample, and its arrays by name."""
@@ -126,15 +126,16 @@ class Pairs(Dataset):
         # always in this order, so that each draw keeps its value when a later one changes
         caption = self.pick_caption(self.shards.caption_count(sample), rng)
         image = train_image(data, self.image_size, self.augmentation, rng)
-        arrays = {"tokens": self.padded(self.shards.ids(sample, caption)),
-                  "draws": draw_augmentation(self.augmentation, rng), "samples": np.int64(sample)}
+        arrays = {"samples": np.int64(sample),
+                  "tokens": self.padded(self.shards.ids(sample, caption)),
+                  "draws": draw_augmentation(self.augmentation, rng)}
         if self.extra_arrays:
             arrays |= self.extra_arrays(self, sample, caption, rng, self.config)
         return image, arrays
 
 
 class HeldOut:
-    """Pairs to look at, never to train on: image(i) and the first caption of each, in their order.
+    """Pairs to look at, never to train on: image(i), and the first caption of each.
 
     An image that cannot be decoded is an error: what is measured does not grow quietly smaller.
     """
@@ -156,7 +157,7 @@ class HeldOut:
 
 
 class PairBatches(Sampler):
-    """Yields [(epoch, position), ...]: this rank's contiguous share of each batch, part by part.
+    """Yields [(epoch, position), ...]: this rank's share of each batch, part by part.
 
     batch_size counts all ranks. Steps go from start_step to before stop_step; the pairs that do
     not fill a batch at the end of an epoch are left out. A part has at most PART pairs.
@@ -189,7 +190,7 @@ class PairBatches(Sampler):
 def load_batches(pairs, batches, workers, pin_memory=False):
     """Yields each batch that `batches` (PairBatches) names as a list of its parts.
 
-    workers: loader processes; -1: as many as the machine's ranks have cores, less the loop's own.
+    workers: loader processes; -1: the cores of the machine shared by its ranks, less one each.
     Raises ValueError when what they have ready would not fit in shared memory.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
@@ -209,7 +210,7 @@ def load_batches(pairs, batches, workers, pin_memory=False):
 
 
 def join_parts(parts, device):
-    """Parts of a batch -> one dict of tensors; all but int64 go to the device, ids stay here."""
+    """Parts of a batch -> one dict of tensors; all but int64, which is ids, on the device."""
     batch = {"bad": sum((part["bad"] for part in parts), [])}
     for name in parts[0].keys() - {"bad"}:
         tensors = [part[name] for part in parts]
@@ -234,7 +235,7 @@ def as_loaded(batch):
 
 
 def _in_worker(_):
-    """Ctrl-C and SIGTERM are for the loop, which finishes its step and then ends its workers."""
+    """Ctrl-C and SIGTERM are for the loop, which ends its step and then its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -252,16 +253,16 @@ def check_shared_memory(parts, size, image_size):
     free = shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         raise ValueError(
-            f"loader processes keep {parts} x {size} images in {SHARED_MEMORY}: {need / 1e9:.1f} "
-            f"GB, and {free / 1e9:.1f} GB are free; give the container more (docker --shm-size), "
-            "or take fewer workers")
+            f"loader processes keep {parts} x {size} images in {SHARED_MEMORY}: "
+            f"{need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; give the container more "
+            "(docker --shm-size), or take fewer workers")
 
 
 class BadSamples:
     """Counts and names the pairs that were replaced; stops a run that has too many.
 
-    Names and reasons go to out_dir/bad_samples.tsv, each pair once. Each rank has its own object
-    and all write to the one file; a pair that two ranks meet in two epochs may be in it twice.
+    Names and reasons go to out_dir/bad_samples.tsv, each pair once. All ranks write to the one
+    file; a pair that two ranks meet in two epochs may be in it twice.
     before: {reason: count} of the run so far, from its checkpoint.
     """
 
@@ -304,17 +305,17 @@ class BadSamples:
         total += self.before.total()
         if seen >= self.FROM and total > self.LIMIT * seen:
             raise ValueError(
-                f"{total:,} of {seen:,} samples had no usable image, more than {self.LIMIT:.0%}: "
-                f"{_most_common(self.counts(ranks))}; see {self.path}, and run "
-                f"python -m data.prepare.check on the folder")
+                f"{total:,} of {seen:,} samples had no usable image, more than "
+                f"{self.LIMIT:.0%}: {_most_common(self.counts(ranks))}; see {self.path}; "
+                "python -m data.prepare.check on the folder names all")
 
 
 class BadSteps:
-    """Names the samples of steps whose gradient was not finite; stops a run after five in a row.
+    """Names the samples of steps without a finite gradient; stops a run after five in a row.
 
-    Such a step leaves the weights as they were (pretrain.py). What add() takes stays on the device
-    until check() asks, at log steps: the loop need not wait. grad_norm is that of the gradient
-    averaged over ranks, equal on all of them; so all come to the same conclusion.
+    Such a step leaves the weights as they were (pretrain.py). What add() takes stays on the
+    device until check() asks, at log steps: the loop need not wait. grad_norm is that of the
+    gradient averaged over ranks, so all come to the same conclusion.
     """
 
     def __init__(self, pairs):
@@ -329,14 +330,19 @@ class BadSteps:
         for step, samples, finite, grad_norm in self.steps:
             self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
             if self.in_a_row:
-                names = ranks.collect([self.name_of(i) for i in samples[~finite.cpu()].tolist()])
+                spoilt = samples[~finite.cpu()].tolist()
+                names = ranks.collect([self.name_of(sample) for sample in spoilt])
                 names = ", ".join(sum(names, [])[:8]) or "all embeddings are finite"
-                say(f"step {step + 1} skipped, its gradient norm is {float(grad_norm)}: {names}")
+                say(f"step {step + 1} skipped, its gradient norm is {float(grad_norm)}: "
+                    + names)
             if self.in_a_row == 5:
-                raise ValueError(f"no finite gradient in five steps up to {step + 1}; lower lr or "
-                                 "set dtype=float32, and go on from the last checkpoint")
+                raise ValueError(
+                    f"no finite gradient in five steps up to {step + 1}; go on from the last "
+                    "checkpoint with a lower lr or in float32 (--lr=... --change=lr, or "
+                    "--dtype=float32 --change=dtype)")
         self.steps = []
 
 
 def _most_common(reasons):
-    return ", ".join(f"{count:,} x {reason}" for reason, count in Counter(reasons).most_common(5))
+    most = Counter(reasons).most_common(5)
+    return ", ".join(f"{count:,} x {reason}" for reason, count in most)

@@ -21,14 +21,17 @@ def cached_gradient(model, parts, loss_of, ranks):
     for name, first in outputs[0].items():
         rows[name] = torch.cat([output[name] for output in outputs]) if first.ndim else first
     # 2. The loss of all, and its gradient at the rows; zeros where it does not use one.
-    floats = {name: row.requires_grad_() for name, row in rows.items() if row.is_floating_point()}
+    floats = {}
+    for name, row in rows.items():
+        if row.is_floating_point():
+            floats[name] = row.requires_grad_()
     loss = loss_of(rows)
     grads = torch.autograd.grad(loss, list(floats.values()), materialize_grads=True)
     # 3. Encode each part again and push its share of that gradient through.
     start = 0
     for number, part in enumerate(parts, 1):
         last = ranks.world == 1 or number == len(parts)
-        with contextlib.nullcontext() if last else model.no_sync():  # DDP averages once, at the end
+        with contextlib.nullcontext() if last else model.no_sync():  # DDP averages once
             output = model(part)
             end = start + len(part["samples"])
             used, shares = [], []
@@ -44,22 +47,22 @@ def cached_gradient(model, parts, loss_of, ranks):
 class ChunkedLoss(torch.autograd.Function):
     """A contrastive loss `chunk` rows at a time: only chunk x B logits exist at once.
 
-    ChunkedLoss.apply(loss_function, chunk, image_emb, text_emb, all_image_emb, all_text_emb, scale,
-    first_row), arguments as in pretrain.contrastive_loss. Forward takes the gradient of each chunk
-    right away, so that its logits can go, and keeps the sum for backward.
+    ChunkedLoss.apply(loss_function, chunk, *arguments of pretrain.contrastive_loss). Forward
+    takes the gradient of each chunk right away, so that its logits can go, and keeps the sum.
     """
 
     @staticmethod
-    def forward(ctx, loss_function, chunk, image_emb, text_emb, all_image_emb, all_text_emb, scale,
-                first_row):
-        inputs = (image_emb, text_emb, all_image_emb, all_text_emb, scale)
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        image, text, *others = leaves
-        b, loss = len(image_emb), 0.0
+    def forward(ctx, loss_function, chunk, image, text, all_image, all_text, scale, first_row):
+        leaves = []
+        for tensor in (image, text, all_image, all_text, scale):
+            leaves.append(tensor.detach().requires_grad_())
+        image, text, all_image, all_text, scale = leaves
+        b, loss = len(image), 0.0
         for start in range(0, b, chunk):
             rows = slice(start, min(start + chunk, b))
             with torch.enable_grad():
-                part = loss_function(image[rows], text[rows], *others, first_row + start)
+                part = loss_function(image[rows], text[rows], all_image, all_text, scale,
+                                     first_row + start)
                 part = part * (rows.stop - rows.start) / b  # a mean over rows
                 part.backward()  # adds to the leaves' gradients
             loss = loss + part.detach()
@@ -68,5 +71,6 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grads = [grad * saved for saved in ctx.saved_tensors]
-        return None, None, *grads, None
+        image, text, all_image, all_text, scale = ctx.saved_tensors
+        return (None, None, grad * image, grad * text, grad * all_image, grad * all_text,
+                grad * scale, None)

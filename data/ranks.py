@@ -31,8 +31,8 @@ class Ranks:
         """This rank's part of a batch; ValueError, with the nearest that works, if uneven."""
         if batch_size % self.world:
             less = batch_size // self.world * self.world
-            raise ValueError(f"batch_size={batch_size} is not a multiple of {self.world} ranks; "
-                             f"try {less + self.world} or {less}")
+            raise ValueError(f"batch_size={batch_size} is not a multiple of {self.world} "
+                             f"ranks; try {less + self.world} or {less}")
         return batch_size // self.world
 
     def start(self):
@@ -76,7 +76,7 @@ class Ranks:
         return counts.tolist()
 
     def mean(self, figures):
-        """A float tensor of figures averaged over the ranks, as a list; waits for the device."""
+        """A float tensor averaged over the ranks, as a list; waits for the device."""
         if self.world > 1:
             dist.all_reduce(figures)
         return (figures / self.world).tolist()
@@ -90,18 +90,18 @@ class Ranks:
         return things
 
     def agree(self, answer, what):
-        """`answer` if all ranks have the same one; ValueError, on all of them, if they differ."""
+        """`answer` if all ranks have the same one; else ValueError, on all of them."""
         answers = self.collect(answer)
         for rank, other in enumerate(answers):
             if other != answers[0]:
-                raise ValueError(f"rank 0 and rank {rank} differ on {what}; all nodes must see the "
-                                 "same folders, out_dir too")
+                raise ValueError(f"rank 0 and rank {rank} differ on {what}; all nodes must see "
+                                 "the same folders, out_dir too")
         return answer
 
     def gather(self, *rows):
         """Float rows (b, ...) of this rank -> those of all ranks (B, ...), for each argument.
 
-        One collective for all of them, with gradient: backward sums what every rank asks of a row.
+        One collective for all, with gradient: backward sums what every rank asks of a row.
         """
         if self.world == 1:
             return rows
@@ -112,7 +112,7 @@ class Ranks:
 
 
 class GatherRows(torch.autograd.Function):
-    """(b, D) of each rank -> (B, D) on all. Backward sums what every rank asks of these rows."""
+    """(b, D) of each rank -> (B, D) on all; backward is the sum over ranks of what they ask."""
 
     @staticmethod
     def forward(ctx, rows):

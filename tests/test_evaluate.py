@@ -497,3 +497,11 @@ def test_an_unreadable_query_image_is_refused(world):
     with pytest.raises(ValueError, match="page.png: not an image"):
         run(world, world / "base" / "ckpt.pt", benchmarks="", images=world / "pairs",
             image=world / "page.png")
+
+
+def test_a_checkpoint_with_nan_in_it_is_no_result(world, tmp_path):
+    content = torch.load(world / "base" / "ckpt.pt", weights_only=True)
+    content["weights"]["vision.ln_post.bias"][0] = float("nan")
+    write_checkpoint(tmp_path / "nan.pt", content)
+    with pytest.raises(ValueError, match="embeddings are not finite"):
+        run(world, tmp_path / "nan.pt")

@@ -210,7 +210,7 @@ def test_each_bad_image_is_reported_once_an_epoch_with_name_and_reason(tmp_path)
 
 def test_a_folder_of_bad_images_is_an_error(tmp_path):
     pairs = make_pairs(tmp_path / "p", bad=range(20))
-    with pytest.raises(ValueError, match="20 images in a row are bad .20 x truncated.; run python"):
+    with pytest.raises(ValueError, match="20 images in a row are bad .20 x truncated.; python -m data"):
         pairs.__getitems__([(0, 0)])
 
 

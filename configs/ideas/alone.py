@@ -4,7 +4,7 @@
 
 Their code takes the loss of each micro-batch alone and adds the gradients (arXiv 2505.14204's
 repository). Here `group` pairs of each rank, and those of the other ranks beside them, form one
-contrastive batch; the loss is the mean over all pairs. group = batch_size / ranks is the plain loss.
+contrastive batch; the loss is a mean over all pairs. group = batch_size / ranks: the plain loss.
 """
 from configs import original
 

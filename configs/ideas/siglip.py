@@ -2,9 +2,9 @@
 
     python pretrain.py configs/toy.py configs/ideas/siglip.py
 
-Loss: sum over pairs of -log sigmoid(y (s cos + b)), divided by the images; y = 1 for an image's own
-text, else -1 (arXiv 2303.15343; formula as in open_clip's code). The bias b starts at -10, as nearly
-all pairs do not belong together, and the scale s at 10.
+Loss: sum over pairs of -log sigmoid(y (s cos + b)), divided by the images; y = 1 for an image's
+own text, else -1 (arXiv 2303.15343; formula as in open_clip's code). The bias b starts at -10, as
+nearly all pairs do not belong together, and the scale s at 10.
 Left out: the ring that passes texts from rank to rank; here one gather does it.
 """
 import math
