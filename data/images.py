@@ -151,10 +151,7 @@ def train_image(data, size, augmentation, rng):
 
 
 def crop_box(width, height, area, ratio, rng):
-    """(left, top, right, bottom) of torchvision's RandomResizedCrop, in pixels.
-
-    Of ten drawn crops the first that fits, else the centre, cut to the nearest ratio allowed.
-    """
+    """torchvision's RandomResizedCrop as (left, top, right, bottom) in pixels."""
     narrowest, widest = ratio
     for _ in range(10):
         share, shape, x, y = rng.random(4).tolist()
@@ -166,7 +163,7 @@ def crop_box(width, height, area, ratio, rng):
             left = int(x * (width - w + 1))
             top = int(y * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * widest))
+    w = min(width, round(height * widest))  # none fits: the centre, cut to the nearest ratio
     h = min(height, round(width / narrowest))
     left = (width - w) // 2
     top = (height - h) // 2
@@ -174,10 +171,7 @@ def crop_box(width, height, area, ratio, rng):
 
 
 def _skip_detail(image, times_too_large):
-    """Have a large JPEG decoded at 1/2, 1/4 or 1/8, much faster; returns 2, 4, 8, or 1 if not.
-
-    Twice the needed detail remains: results differ by less than a grey level in the mean.
-    """
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 if twice the detail remains: 2, 4, 8, else 1."""
     for shrink in (8, 4, 2):
         if image.format == "JPEG" and times_too_large >= 2 * shrink:
             image.draft(None, (image.width // shrink, image.height // shrink))
@@ -221,8 +215,7 @@ def _between(low, high, share):
 def augment_batch(images, draws, augmentation):
     """Flip, jitter, grey, blur and normalise: uint8 (B, 3, S, S), draws (B, 11) -> float32.
 
-    Runs where images lie, without waiting for the device, and compiles. Operations that
-    `augmentation` never uses are left out.
+    Runs where images lie and compiles; operations that `augmentation` never uses are left out.
     """
     pixels = images.float() / 255
     if augmentation.flip:
@@ -299,8 +292,7 @@ def _blur(pixels, sigma):
     reach = min(BLUR_REACH, S - 1)
     steps = torch.arange(-reach, reach + 1, device=pixels.device)     # (T,)
     taps = torch.softmax(-0.5 * (steps / sigma.clamp(min=0.05)[:, None])**2, 1)    # (B, T)
-    # A matrix per sample: what pixel i of a blurred line takes from pixel j. Its column j is
-    # the blur of a line that is 1 at j alone.
+    # a matrix per sample: its column j is the blur of a line that is 1 at pixel j alone
     lines = F.pad(torch.eye(S, device=pixels.device)[None], (reach, reach), mode="reflect")[0]
     windows = lines.unfold(1, len(steps), 1)                          # (S, S, T): j, i, tap
     matrix = torch.einsum("jit,bt->bij", windows, taps)[:, None]      # (B, 1, S, S)
