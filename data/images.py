@@ -3,7 +3,7 @@
 The host decodes, crops and resizes to uint8; the device flips, jitters, blurs and normalises a
 whole batch at once. Evaluation takes `eval_image` (triplets: `squash_image`) and `normalise`.
 
-B batch, S image side. Pixels are uint8 from 0 to 255, inside the device part floats from 0 to 1.
+B batch, S image side. Pixels are uint8 from 0 to 255, within the device part floats up to 1.
 """
 import io
 import math
@@ -19,20 +19,15 @@ from PIL import Image
 # Pillow warns of each oddity of a file; here they are counted by reason, or mended.
 warnings.filterwarnings("ignore", module="PIL")
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels (arXiv 2103.00020's code)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pixels (OpenAI's code)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow knows some forty formats, and for a few of them (EPS) starts other programs. These only are
-# opened, whatever a file's name says; a file that begins like one of them is damaged, not foreign.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # for some others it starts programs
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: a quarter of a gigabyte as RGB
-MAX_ASPECT = 100  # long side / short side: with the short side at 224 the other is 22,400 already
-# The first four came out of Pillow when 270,000 files were damaged at random; the others are what
-# Pillow itself takes for a damaged header.
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-                  EOFError, IndexError, TypeError, struct.error)
-ORIENTATION = 0x0112  # EXIF tag; below, its values but 1 (upright) and what undoes them
+MAX_ASPECT = 100  # long side / short side
+DECODER_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError,
+                  IndexError, TypeError, struct.error)  # Pillow's, at damaged files
+ORIENTATION = 0x0112  # EXIF tag; its values but 1, which is upright, and what undoes them
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
            6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -42,11 +37,10 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 @dataclass(frozen=True)
 class Augmentation:
     """What happens to a training image, in this order. The defaults are plain CLIP's."""
-
     crop: tuple = (0.9, 1.0)      # random resized crop: share of the area, uniform
     ratio: tuple = (3 / 4, 4 / 3)  # and width / height, log-uniform
     flip: float = 0.0             # probability of a horizontal flip
-    # reaches of brightness, contrast, saturation (factors 1 - reach to 1 + reach) and hue (turns)
+    # reaches of brightness, contrast, saturation (factors 1 -+ reach) and hue (turns)
     jitter: tuple = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0         # probability of the jitter
     grey_p: float = 0.0           # probability of greyscale
@@ -65,10 +59,7 @@ class BadImage(ValueError):
 # ---------------------------------------------------------------- host: bytes to RGB
 
 def open_image(data):
-    """Read the header only: bytes -> PIL image whose pixels are not decoded yet.
-
-    Raises BadImage: "empty", "not an image", "broken header", "too large", "absurd shape".
-    """
+    """Bytes -> PIL image whose pixels are not decoded yet, or BadImage."""
     if not data:
         raise BadImage("empty")
     try:
@@ -76,8 +67,7 @@ def open_image(data):
     except Image.DecompressionBombError:
         raise BadImage("too large") from None
     except DECODER_ERRORS:
-        known = data.startswith(SIGNATURES)
-        raise BadImage("broken header" if known else "not an image") from None
+        raise BadImage("not an image") from None
     short, long = sorted(image.size)
     if short * long > MAX_PIXELS:  # refused before a pixel is decoded
         raise BadImage("too large")
@@ -92,12 +82,7 @@ def decode(data):
 
 
 def load_rgb(image):
-    """PIL image, freshly opened -> upright RGB.
-
-    Alpha is laid on white, 16 bits are scaled to 8, an animation gives its first frame, and an
-    EXIF block that cannot be read counts as upright.
-    Raises BadImage: "truncated", "corrupt", "unknown pixel format".
-    """
+    """PIL image -> upright 8-bit RGB, alpha on white, the first frame only; or BadImage."""
     try:
         image.load()
     except DECODER_ERRORS as error:
@@ -116,41 +101,32 @@ def _orientation(image):
 
 
 def _to_rgb(image):
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey; 257 takes 65535 to 255 exactly
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":  # nothing says which value is white
         raise BadImage("unknown pixel format")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey; 257 takes 65535 to 255 exactly
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# ---------------------------------------------------------------- host: evaluation
+# ---------------------------------------------------------------- host: to (3, S, S)
 
 def eval_image(image, size):
-    """PIL RGB image -> (3, S, S) uint8: shorter side to S, bicubic, then the centre.
-
-    Bit for bit torchvision's Resize and CenterCrop of a Pillow image, as CLIP is evaluated with.
-    """
-    width, height = image.size
-    if width <= height:
-        width, height = size, int(size * height / width)
-    else:
-        width, height = int(size * width / height), size
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    """PIL RGB image -> (3, S, S) uint8: torchvision's Resize (bicubic) and CenterCrop."""
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left = int(round((width - size) / 2.0))
     top = int(round((height - size) / 2.0))
     return _to_tensor(image.crop((left, top, left + size, top + size)))
 
 
 def squash_image(image, size):
-    """PIL RGB image -> (3, S, S) uint8: both sides to S, bicubic, nothing cut away (triplets)."""
+    """PIL RGB image -> (3, S, S) uint8: both sides to S, bicubic, nothing cut (triplets)."""
     return _to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -159,14 +135,8 @@ def _to_tensor(image):
     return pixels.permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-# ---------------------------------------------------------------- host: training
-
 def train_image(data, size, augmentation, rng):
-    """Bytes -> (3, S, S) uint8: a random crop of the upright image, resized (bicubic, antialiased).
-
-    torch's uint8 resize takes a third of Pillow's time and differs by at most 2 grey levels. Raises
-    BadImage as `decode` does.
-    """
+    """Bytes -> (3, S, S) uint8: a random crop of the upright image, resized; or BadImage."""
     image = open_image(data)
     width, height = image.size
     if _orientation(image) >= 5:  # lies on its side until load_rgb
@@ -176,15 +146,12 @@ def train_image(data, size, augmentation, rng):
     left, top, right, bottom = (round(edge / shrunk) for edge in box)
     pixels = torch.from_numpy(np.array(load_rgb(image)))              # (H, W, 3), maybe shrunk
     crop = pixels[top:bottom, left:right].permute(2, 0, 1)[None]      # (1, 3, h, w)
+    # takes a third of Pillow's time, and differs by at most 2 grey levels
     return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def crop_box(width, height, area, ratio, rng):
-    """(left, top, right, bottom) of torchvision's RandomResizedCrop, in pixels.
-
-    Ten tries at a share of the area, uniform, and a width / height, log-uniform; a crop that does
-    not fit is drawn again. Then the centre, cut to the nearest ratio allowed.
-    """
+    """torchvision's RandomResizedCrop as (left, top, right, bottom) in pixels."""
     narrowest, widest = ratio
     for _ in range(10):
         share, shape, x, y = rng.random(4).tolist()
@@ -196,7 +163,7 @@ def crop_box(width, height, area, ratio, rng):
             left = int(x * (width - w + 1))
             top = int(y * (height - h + 1))
             return left, top, left + w, top + h
-    w = min(width, round(height * widest))
+    w = min(width, round(height * widest))  # none fits: the centre, cut to the nearest ratio
     h = min(height, round(width / narrowest))
     left = (width - w) // 2
     top = (height - h) // 2
@@ -204,16 +171,9 @@ def crop_box(width, height, area, ratio, rng):
 
 
 def _skip_detail(image, times_too_large):
-    """Have a large JPEG decoded at 1/2, 1/4 or 1/8: several times faster. Returns 2, 4, 8, or 1.
-
-    Twice the detail that is needed remains: the resized result differs by 0.8 grey levels in the
-    mean on 1/f noise, by 0.1 on drawn shapes (with less detail by up to 5). Edges of the crop move
-    by at most a quarter of a pixel of the result.
-    """
-    if image.format != "JPEG":
-        return 1
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 if twice the detail remains: 2, 4, 8, else 1."""
     for shrink in (8, 4, 2):
-        if times_too_large >= 2 * shrink:
+        if image.format == "JPEG" and times_too_large >= 2 * shrink:
             image.draft(None, (image.width // shrink, image.height // shrink))
             return shrink
     return 1
@@ -221,17 +181,17 @@ def _skip_detail(image, times_too_large):
 
 # ---------------------------------------------------------------- device
 
-# Columns of a sample's draws. An operation that was not drawn has the value that changes nothing.
+# Columns of a sample's draws
 FLIP, GREY, SIGMA, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER = range(8)
 DRAWS = 11       # the order of the jitter takes the last four
-BLUR_REACH = 11  # 23 taps, as SimCLR has them at 224 pixels; at sigma 2 the rest weighs 1e-8
+BLUR_REACH = 11  # pixels: 23 taps, as SimCLR has them at 224 pixels
 
 
 def draw_augmentation(augmentation, rng):
     """Draw one sample's device parameters -> (11,) float32.
 
-    flip, grey (0 or 1), blur sigma (0: none), factors of brightness, contrast and saturation, hue
-    shift in turns, and the order in which these four are applied (torchvision's ColorJitter).
+    flip, grey (0 or 1), blur sigma, factors of brightness, contrast, saturation, hue in turns,
+    order of these four. What was not drawn has the value that changes nothing.
     """
     u = rng.random(13).tolist()  # always as many, so that no probability moves another's draws
     draws = np.zeros(DRAWS, np.float32)
@@ -241,11 +201,9 @@ def draw_augmentation(augmentation, rng):
         draws[SIGMA] = _between(*augmentation.blur_sigma, u[3])
     draws[BRIGHTNESS:HUE] = 1
     if u[4] < augmentation.jitter_p:
-        brightness, contrast, saturation, turns = augmentation.jitter
-        draws[BRIGHTNESS] = _between(max(0, 1 - brightness), 1 + brightness, u[5])
-        draws[CONTRAST] = _between(max(0, 1 - contrast), 1 + contrast, u[6])
-        draws[SATURATION] = _between(max(0, 1 - saturation), 1 + saturation, u[7])
-        draws[HUE] = _between(-turns, turns, u[8])
+        for i, reach in enumerate(augmentation.jitter[:3]):
+            draws[BRIGHTNESS + i] = _between(max(0, 1 - reach), 1 + reach, u[5 + i])
+        draws[HUE] = _between(-augmentation.jitter[3], augmentation.jitter[3], u[8])
     draws[ORDER:] = np.argsort(u[9:])
     return draws
 
@@ -257,33 +215,28 @@ def _between(low, high, share):
 def augment_batch(images, draws, augmentation):
     """Flip, jitter, grey, blur and normalise: uint8 (B, 3, S, S), draws (B, 11) -> float32.
 
-    Runs where images lie, as one batch without waiting for the device, and compiles. Operations
-    that `augmentation` never uses are left out; None normalises only.
+    Runs where images lie and compiles; operations that `augmentation` never uses are left out.
     """
-    used = augmentation or Augmentation()  # whose device part is empty
     pixels = images.float() / 255
-    if used.flip:
-        pixels = _choose(_column(draws, FLIP), pixels.flip(-1), pixels)
-    if used.jitter_p and any(used.jitter):
+    if augmentation.flip:
+        pixels = _choose(draws[:, FLIP, None, None, None], pixels.flip(-1), pixels)
+    if augmentation.jitter_p and any(augmentation.jitter):
         pixels = _jitter(pixels, draws)
-    if used.grey_p:
-        pixels = _choose(_column(draws, GREY), _grey(pixels).expand_as(pixels), pixels)
-    if used.blur_p:
+    if augmentation.grey_p:
+        grey = _grey(pixels).expand_as(pixels)
+        pixels = _choose(draws[:, GREY, None, None, None], grey, pixels)
+    if augmentation.blur_p:
         pixels = _blur(pixels, draws[:, SIGMA])
     return _standardise(pixels)
 
 
 def normalise(images):
-    """uint8 (B, 3, S, S) -> float32 of the same shape, by CLIP's mean and standard deviation."""
+    """uint8 (B, 3, S, S) -> float32 (B, 3, S, S), by CLIP's mean and standard deviation."""
     return _standardise(images.float() / 255)
 
 
-def _standardise(pixels):  # numbers instead of a tensor of three: no copy to the device, no wait
+def _standardise(pixels):  # with numbers, not a tensor of three: no copy to the device
     return torch.cat([(pixels[:, c:c + 1] - MEAN[c]) / STD[c] for c in range(3)], 1)
-
-
-def _column(draws, index):
-    return draws[:, index].view(-1, 1, 1, 1)                          # (B, 1, 1, 1)
 
 
 def _choose(condition, one, other):
@@ -299,13 +252,12 @@ def _grey(pixels):  # ITU-R 601-2 luma, as Pillow and torchvision have it
 def _jitter(pixels, draws):
     """Brightness, contrast, saturation and hue, in each sample's own order (ColorJitter).
 
-    The first three are one formula: pixels move away from a target (factor above 1) or towards it
-    (below 1). The target of brightness is black, of contrast the picture's mean grey, of saturation
-    the pixel's own grey. Each of the four steps moves all samples and shifts the hue of all; every
-    sample keeps the one that its order says.
+    The first three move pixels towards a target (factor below 1) or away: black for brightness,
+    the mean grey for contrast, the pixel's grey for saturation. Each step does both this and
+    the hue to all samples, and each sample keeps what its order says.
     """
     for step in range(ORDER, DRAWS):
-        operation = BRIGHTNESS + draws[:, step:step + 1].long()       # (B, 1): column of its factor
+        operation = BRIGHTNESS + draws[:, step:step + 1].long()       # (B, 1): its column
         factor = draws.gather(1, operation).view(-1, 1, 1, 1)         # hue's is in turns
         operation = operation.view(-1, 1, 1, 1)
         grey = _grey(pixels)                                          # (B, 1, S, S)
@@ -326,7 +278,7 @@ def _shift_hue(pixels, turns):
     hue = _choose(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = _choose(value == red, (green - blue) / divisor, hue)
     hue = hue + 6 * turns
-    # Back: a channel falls for a sixth, is lowest for two, rises for one, and is highest for two.
+    # Back: a channel falls for a sixth, is lowest for two, rises for one, is highest for two.
     channels = []
     for offset in (5, 3, 1):  # red falls from 1 to 2, green from 3 to 4, blue from 5 to 6
         along = (hue + offset) % 6
@@ -335,16 +287,12 @@ def _shift_hue(pixels, turns):
 
 
 def _blur(pixels, sigma):
-    """Gaussian blur of (B, 3, S, S) with (B,) sigmas in pixels, reflected at the borders.
-
-    Sigma 0 changes nothing, exactly: its middle tap is 1, the others are 0.
-    """
+    """Gaussian blur of (B, 3, S, S) by (B,) sigmas in pixels, reflected at borders."""
     S = pixels.shape[-1]
     reach = min(BLUR_REACH, S - 1)
     steps = torch.arange(-reach, reach + 1, device=pixels.device)     # (T,)
     taps = torch.softmax(-0.5 * (steps / sigma.clamp(min=0.05)[:, None])**2, 1)    # (B, T)
-    # A matrix per sample: what pixel i of a blurred line takes from pixel j of the line. Its column
-    # j is the blur of a line that is 1 at j alone. (A convolution would need 3 B small ones.)
+    # a matrix per sample: its column j is the blur of a line that is 1 at pixel j alone
     lines = F.pad(torch.eye(S, device=pixels.device)[None], (reach, reach), mode="reflect")[0]
     windows = lines.unfold(1, len(steps), 1)                          # (S, S, T): j, i, tap
     matrix = torch.einsum("jit,bt->bij", windows, taps)[:, None]      # (B, 1, S, S)

@@ -67,12 +67,12 @@ def bomb(width, height):
     (np.random.default_rng(0).bytes(5000), "not an image"),
     (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start a program
-    (JPEG[:20], "broken header"),
+    (JPEG[:20], "not an image"),
     (JPEG[:len(JPEG) // 10], "truncated"),
     (JPEG[:len(JPEG) // 2], "truncated"),
     (JPEG[:len(JPEG) * 99 // 100], "truncated"),
     (encoded(scene(), "PNG")[:900], "truncated"),
-    (encoded(scene(), "WEBP")[:400], "broken header"),  # its decoder wants the whole file
+    (encoded(scene(), "WEBP")[:400], "not an image"),  # its decoder wants the whole file
     (bomb(30_000, 30_000), "too large"),
     (bomb(10_000, 10_000), "too large"),
     (bomb(20, 20), "truncated"),
@@ -338,7 +338,8 @@ def test_a_seed_always_gives_the_same_draws_and_crops():
     rng = np.random.default_rng(0)
     drawn = np.stack([draw_augmentation(PAPER, rng) for _ in range(3)])
     expected = [[0, 0, 0.131402507, 1, 1, 1, 0, 2, 1, 3, 0],
-                [1, 0, 1.740039945, 0.839769542, 0.938149750, 0.622655749, -0.075143345, 3, 2, 1, 0],
+                [1, 0, 1.740039945, 0.839769542, 0.938149750, 0.622655749, -0.075143345,
+                 3, 2, 1, 0],
                 [0, 0, 0, 0.911137164, 0.708077192, 1.177190661, 0.00507086469, 0, 1, 2, 3]]
     assert np.array_equal(drawn, np.array(expected, np.float32))
     rng = np.random.default_rng(0)
@@ -471,14 +472,13 @@ def test_a_sample_is_augmented_alike_in_any_batch(drawn):
         torch.testing.assert_close(alone, whole[i], atol=1e-5, rtol=0)  # a mean in another order
 
 
-@pytest.mark.parametrize("used", [None, Augmentation(), Augmentation(flip=0.5),
+@pytest.mark.parametrize("used", [Augmentation(), Augmentation(flip=0.5),
                                   Augmentation(grey_p=0.5),
                                   Augmentation(jitter=(0.4, 0, 0, 0), jitter_p=0.5),
                                   Augmentation(blur_p=0.5)])
 def test_leaving_out_what_is_never_used_changes_nothing(used):
     rng = np.random.default_rng(0)
-    draws = torch.from_numpy(np.stack([draw_augmentation(used or Augmentation(), rng)
-                                       for _ in range(12)]))
+    draws = torch.from_numpy(np.stack([draw_augmentation(used, rng) for _ in range(12)]))
     pictures = batch(*SQUARE * 4)
     torch.testing.assert_close(augment_batch(pictures, draws, used),
                                augment_batch(pictures, draws, PAPER), atol=5e-6, rtol=0)

@@ -142,7 +142,7 @@ def test_cleaning_equals_clips_own(kind):
 
 
 def test_single_characters_are_repaired_as_by_ftfy():
-    """But for 27 of the C1 controls, which it takes for Windows' letters, and two rare ligatures."""
+    """But for 27 of the C1 controls, which it takes for Windows' letters, and two ligatures."""
     ftfy = pytest.importorskip("ftfy", reason="pip install ftfy")
     differ = set()
     for code in [*range(0xD800), *range(0xE000, 0x10000)]:
@@ -231,8 +231,22 @@ def test_path_and_text_of_a_vocabulary_are_the_same(small, tmp_path):
     assert (small.size, small.start, small.end) == (518, 516, 517)
 
 
-def test_a_tokenizer_can_be_sent_to_a_worker_process(small):
-    assert pickle.loads(pickle.dumps(small)).encode(["cat"]) == [[513]]
+def test_a_process_builds_a_tokenizer_that_is_sent_to_it_once(small, monkeypatch):
+    other = Tokenizer(vocabulary_of(b"cat\0"))
+    sent, sent_other = pickle.dumps(small), pickle.dumps(other)
+    assert pickle.loads(sent).encode(["cat"]) == [[513]]
+    assert pickle.loads(sent_other).encode(["cat"]) == [[512]]
+    monkeypatch.setattr("data.text.read_ranks", lambda text, name: pytest.fail("built again"))
+    assert pickle.loads(sent).encode(["cat"]) == [[513]]
+    assert pickle.loads(sent_other).encode(["cat"]) == [[512]]
+
+
+def test_encoding_does_without_torch(small):
+    """Processes that index take 2 s to import it."""
+    code = (f"import pickle, sys; tokenizer = pickle.loads({pickle.dumps(small)!r});"
+            "print(tokenizer.encode(['cat']), 'torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[[513]] False\n", done.stderr
 
 
 @pytest.mark.parametrize("text", ["<html>\n</html>\n", "Y2F0 0\n", "Y2F0\n",

@@ -1,6 +1,7 @@
 """The toy world: is what it says drawn, is what is drawn said, and do the readers read it?"""
 import csv
 import hashlib
+import json
 import platform
 import re
 import subprocess
@@ -47,7 +48,7 @@ def to_lab(rgb):
 
 def words_for(table):
     """Each word of a table -> the index of what it names."""
-    return {word: index for index, words in enumerate(table.values()) for word in words}
+    return {word: index for index, words in enumerate(table) for word in words}
 
 
 # --------------------------------------------------------------------------------- the command
@@ -71,7 +72,7 @@ def test_the_bytes_of_a_seed_do_not_change(tmp_path):
               "--processes=1"])
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "world.json":  # which names the code
+        if path.is_file() and path.name != "world.json":  # which names the settings
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     assert digest.hexdigest() in WORLDS
 
@@ -94,30 +95,39 @@ def test_a_complete_world_is_left_alone(toy_world, capsys):
 def test_a_folder_of_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds something that is not a toy world"):
-        toy.main([f"--out={tmp_path}", "--force=True"])
+        toy.main([f"--out={tmp_path}"])
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_interrupted_draw_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(config, folder):
-        (folder / "pairs").mkdir(parents=True)
+def test_what_an_interrupted_draw_left_goes_with_the_next(tmp_path, monkeypatch):
+    def drawn(config, folder):
+        folder.mkdir()
+        (folder / "half").write_text("")
         raise KeyboardInterrupt
-    monkeypatch.setattr(toy, "draw_world", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        toy.main([f"--out={tmp_path / 'world'}"])
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "draw_world", drawn)
+        with pytest.raises(KeyboardInterrupt):
+            toy.main([f"--out={tmp_path / 'world'}"])
+    assert not (tmp_path / "world").exists()
+    monkeypatch.setattr(toy, "draw_world", lambda config, folder: folder.mkdir())
+    toy.main([f"--out={tmp_path / 'world'}"])
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "world", "world/world.json"]
 
 
-@pytest.mark.parametrize("argument", ["--wrong=1.5", "--pairs=-1", "--captions=0", "data/toy"])
+def test_another_setting_draws_the_world_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "draw_world", lambda config, folder: folder.mkdir())
+    for seed in (0, 1):
+        toy.main([f"--out={tmp_path / 'world'}", f"--seed={seed}"])
+        assert json.loads((tmp_path / "world" / "world.json").read_text())["seed"] == seed
+
+
+@pytest.mark.parametrize("argument", ["--wrong=1.5", "--pairs=-1", "--captions=0",
+                                      "--triplets=0", "data/toy"])
 def test_a_senseless_argument_is_one_line(argument):
     with pytest.raises(ValueError) as error:
         toy.main([argument])
     assert argument.lstrip("-") in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_sheet_is_a_picture(tmp_path):
-    toy.main([f"--show={tmp_path / 'sheet.png'}"])
-    assert Image.open(tmp_path / "sheet.png").width == 1220
 
 
 # --------------------------------------------------------------------------------- pictures
@@ -188,7 +198,8 @@ def test_inverted_pictures_are_negatives():
 def test_captions_name_only_colours_and_shapes_that_are_there():
     scenes = toy.draw_scenes(np.random.default_rng(0), 500)
     for i, captions in enumerate(toy.caption(scenes, np.random.default_rng(1), 5, 5)):
-        for table, drawn in ((toy.COLORS, scenes.color), (toy.SHAPES, scenes.shape)):
+        for table, drawn in ((toy.WORDS["color"], scenes.color),
+                             (toy.WORDS["shape"], scenes.shape)):
             index = words_for(table)
             said = {index[word] for text in captions for word in text.split() if word in index}
             assert said <= set(drawn[i, :scenes.count[i]])
@@ -197,7 +208,7 @@ def test_captions_name_only_colours_and_shapes_that_are_there():
 def test_relations_in_captions_are_true():
     n, checked = 400, 0
     scenes = toy.draw_scenes(np.random.default_rng(0), n, count=np.full(n, 2))
-    shapes = words_for(toy.SHAPES)
+    shapes = words_for(toy.WORDS["shape"])
     for i, captions in enumerate(toy.caption(scenes, np.random.default_rng(1), 4, 4)):
         where = {shape: xy for shape, xy in zip(scenes.shape[i, :2], scenes.xy[i])}
         for text in captions:

@@ -1,42 +1,35 @@
 """The toy world: everything the paper's experiment needs, drawn from a seed in seconds.
 
-    python -m data.prepare.toy                     # -> data/toy/{pairs,nights,benchmarks,vocabulary}
-    python -m data.prepare.toy --show=sheet.png    # a sheet to look at: scenes, triplets, benchmarks
+    python -m data.prepare.toy     # -> data/toy/{pairs,nights,benchmarks,vocabulary}
 
-Pictures of one to three objects on a backdrop, 64 pixels a side, stand in for the web's, in the
-very formats of the real data, so that nothing downstream knows that it is a toy:
+Pictures of one to three objects on a backdrop, 64 pixels a side, in the formats of real data:
 
-    pairs/00000.tar ...         images with a caption each; a tenth of them say what is elsewhere
+    pairs/00000.tar ...         images with a caption each; a tenth of these is of other images
     pairs/held_out/*.tar        unseen scenes, rightly described by one to five captions
-    nights/data.csv             triplets and the votes of simulated observers, in NIGHTS' columns
+    nights/data.csv             triplets and votes of simulated observers, in NIGHTS' columns
     benchmarks/wds_toy_*_test/  zero-shot sets in the layout that evaluate.py reads
     vocabulary/toy.tiktoken     256 bytes, 256 bytes that end a word, and this world's words
-
-Same seed, same bytes, whatever the number of processes.
 """
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import operator
 import os
 import pathlib
 import random
-import re
 import shutil
-import textwrap
-import time
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from configs import load_config
+from configs import check_ranges, load_config
 from data.log import run_main
-from data.prepare.tars import in_order, write_tar
+from data.prepare import tars
 
 
 @dataclass
@@ -50,70 +43,61 @@ class Config:
     captions: int = 1        # different captions of each training pair
     wrong: float = 0.1       # share of training pairs whose captions belong to another scene
     processes: int = 0       # 0: as many as cores
-    force: bool = False      # draw again what is there already
-    show: str = ""           # draw only a contact sheet, to this file
 
     def check(self):
-        for name in ("seed", "pairs", "held_out", "triplets", "per_set", "processes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.captions < 1:
-            raise ValueError(f"captions={self.captions}: must be 1 or more")
+        check_ranges(self, positive=("triplets", "per_set", "captions"),
+                     not_negative=("seed", "pairs", "held_out", "processes"))
         if not 0 <= self.wrong <= 1:
             raise ValueError(f"wrong={self.wrong}: is a share, from 0 to 1")
 
 
 # --------------------------------------------------------------------- the world, as plain data
-# name -> the words that captions have for it, the usual one first
 
-COLORS = {"red": ("red", "crimson", "scarlet"), "orange": ("orange", "tangerine"),
-          "yellow": ("yellow", "golden", "lemon"), "green": ("green", "emerald"),
-          "blue": ("blue", "azure"), "purple": ("purple", "violet"), "pink": ("pink", "rosy"),
-          "brown": ("brown", "chestnut"), "black": ("black", "jet"), "white": ("white", "snowy"),
-          "grey": ("grey", "gray", "silver")}
-SHAPES = {"circle": ("circle", "disc", "ball"), "square": ("square", "box"),
-          "triangle": ("triangle", "wedge"), "star": ("star",), "heart": ("heart",),
-          "cross": ("cross", "plus"), "ring": ("ring", "hoop"), "crescent": ("crescent", "moon"),
-          "diamond": ("diamond", "rhombus"), "arrow": ("arrow", "pointer"),
-          "bar": ("bar", "rectangle"), "flower": ("flower", "blossom")}
-SIZES = {"small": ("small", "little", "tiny"), "medium": ("medium", "middling"),
-         "large": ("large", "big", "huge")}
-TEXTURES = {"plain": ("plain", "solid"), "striped": ("striped", "stripy"),
-            "dotted": ("dotted", "spotted"), "chequered": ("chequered", "checkered")}
-KINDS = {"shape": SHAPES, "color": COLORS, "size": SIZES, "texture": TEXTURES}
-TONES = {"light": ("light", "bright"), "middling": (), "dark": ("dark", "dim")}  # of backdrops
+SYNONYMS = {  # what captions call each value; the first word is its name
+    "shape": "circle disc ball, square box, triangle wedge, star, heart, cross plus, "
+             "ring hoop, crescent moon, diamond rhombus, arrow pointer, bar rectangle, "
+             "flower blossom",
+    "color": "red crimson scarlet, orange tangerine, yellow golden lemon, green emerald, "
+             "blue azure, purple violet, pink rosy, brown chestnut, black jet, white snowy, "
+             "grey gray silver",
+    "size": "small little tiny, medium middling, large big huge",
+    "texture": "plain solid, striped stripy, dotted spotted, chequered checkered"}
+WORDS = {kind: [entry.split() for entry in text.split(", ")] for kind, text in SYNONYMS.items()}
+SHAPES, COLORS, SIZES, TEXTURES = ([words[0] for words in table] for table in WORDS.values())
+TONES = (("light", "bright"), (), ("dark", "dim"))  # of backdrops; the middling one is unsaid
 TONE_SHARES = (0.7, 0.15, 0.15)  # paper is light: most objects are darker than what they are on
 RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under", "beneath"),
              "near": ("next to", "beside", "near")}
 PLACES = ("top left", "top", "top right", "left", "middle", "right",
           "bottom left", "bottom", "bottom right")
-COUNTS = ("one", "two", "three")
+COUNTS = ["one", "two", "three"]
 THINGS = ("shape", "object", "thing")  # an object whose shape is left unsaid
-FRAMES = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}", "a drawing of {}",
-          "this shows {}", "we see {}", "look at {}", "i drew {}", "{} and nothing else")
+FRAMES = ("{}", "{}", "{}", "a picture of {}", "an image of {}", "a photo of {}",
+          "a drawing of {}", "this shows {}", "we see {}", "look at {}", "i drew {}",
+          "{} and nothing else")
 
-# A colour term is a region of CIELAB, not one value: lowest and highest lightness, chroma and hue
-# angle. The closest two (blue, purple) are 14 units apart; no term covers a backdrop's faint tints.
+# A colour term is a region of CIELAB: lowest and highest lightness, chroma and hue angle. The
+# closest two (blue, purple) are 14 units apart; none covers a backdrop's faint tints.
 REGIONS = np.array([
     [(40, 60, 22), (52, 85, 38)], [(64, 68, 56), (74, 90, 70)],          # red, orange
     [(84, 62, 90), (94, 90, 102)], [(42, 42, 130), (62, 70, 152)],       # yellow, green
     [(30, 52, 276), (48, 85, 296)], [(30, 50, 310), (44, 75, 325)],      # blue, purple
     [(70, 35, 345), (80, 55, 365)], [(28, 26, 50), (40, 42, 68)],        # pink, brown
     [(3, 0, 0), (12, 4, 360)], [(95, 0, 0), (99, 3, 360)],               # black, white
-    [(46, 0, 0), (60, 4, 360)],                                          # grey
-    [(70, 6, 0), (90, 18, 360)], [(42, 6, 0), (66, 18, 360)], [(16, 6, 0), (38, 18, 360)]])  # TONES
+    [(46, 0, 0), (60, 4, 360)],                                          # grey, and TONES
+    [(70, 6, 0), (90, 18, 360)], [(42, 6, 0), (66, 18, 360)], [(16, 6, 0), (38, 18, 360)]])
 CONTRAST = 30  # CIELAB units wanted between every object and the backdrop
 SIDE = 64      # pixels of an image side
-RADII = np.array([16.0, 21.0, 26.0])  # pixels, of the circle around a small, medium, large object
+RADII = np.array([16.0, 21.0, 26.0])  # pixels: circles around small, medium, large objects
 CROWDED = 0.56  # where there are several, all are smaller: three large ones just fit
 
-# Shapes as signed distances to their outline, negative inside, in units of the circle around them;
-# x goes right, y goes up. Where two areas meet, the minimum joins and the maximum intersects them.
+# Shapes as signed distances to their outline, negative inside, in a circle of radius 1; y goes
+# up. The minimum joins two areas, the maximum intersects them.
 
 
 def disc(x, y, radius):
-    return np.sqrt(x * x + y * y) - radius  # np.hypot guards against overflow at 16 times the cost
+    return np.sqrt(x * x + y * y) - radius  # np.hypot takes 16 times as long
 
 
 def box(x, y, width, height):
@@ -126,7 +110,7 @@ def roof(x, y, nx, ny, height):
 
 
 def fold(x, y, n, lift=0.0):
-    """Turn every point into the upper one of n equal sectors, seen from `lift` up its middle."""
+    """Turn every point into the upper one of n sectors, seen from `lift` up its middle."""
     sector = 2 * np.pi / n
     angle = (np.arctan2(x, y) + sector / 2) % sector - sector / 2
     r = disc(x, y, 0)
@@ -148,8 +132,8 @@ OUTLINES = {
     "bar": lambda x, y: box(x, y, 0.97, 0.36),
     "flower": lambda x, y: np.minimum(disc(*fold(x, y, 5, 0.56), 0.4), disc(x, y, 0.5)),
 }
-# Textures let the backdrop through, so that a colour stays what it is. s, t: waves across and along
-# the object, in -1..1 -> how open it is there; above 1 wholly, below 0 not at all.
+# Textures let the backdrop through, so that a colour stays what it is. Waves s and t, across
+# and along the object, in -1..1 -> how open it is there, cut to 0..1.
 WEAVES = {"plain": lambda s, t: 0 * s, "striped": lambda s, t: 2 * t,
           "dotted": lambda s, t: 2.5 * (s + t) - 2, "chequered": lambda s, t: 4 * s * t}
 
@@ -158,7 +142,7 @@ WEAVES = {"plain": lambda s, t: 0 * s, "striped": lambda s, t: 2 * t,
 
 @dataclass
 class Scenes:
-    """n scenes as arrays. Each has room for three objects; those beyond `count` are not drawn."""
+    """n scenes as arrays with room for three objects; those beyond `count` are not drawn."""
     count: np.ndarray    # (n,) 1, 2 or 3
     shape: np.ndarray    # (n,3) indices into SHAPES, and so on for the next three
     color: np.ndarray    # (n,3)
@@ -176,19 +160,17 @@ class Scenes:
         return len(self.count)
 
     def __getitem__(self, rows):
-        fields = dataclasses.fields(self)
-        return Scenes(**{field.name: getattr(self, field.name)[rows] for field in fields})
+        return Scenes(**{name: array[rows] for name, array in vars(self).items()})
 
 
 def draw_scenes(rng, n, many=0.35, **fixed):
     """n random scenes, a share `many` of them with two or three objects.
 
-    fixed: (n,) values for "count", for "tone", and for the first object's "shape", "color", "size",
-    "texture" and "place" (index into PLACES; for small objects alone).
+    fixed: (n,) values for "count", "tone", and the first object's "shape", "color", "size",
+    "texture" and "place" (index into PLACES; for small objects only).
     """
-    count = 1 + (rng.random(n) < many) * rng.integers(1, 3, n)
-    count = fixed.get("count", count)
-    drawn = {name: rng.integers(0, len(table), (n, 3)) for name, table in KINDS.items()}
+    count = fixed.get("count", 1 + (rng.random(n) < many) * rng.integers(1, 3, n))
+    drawn = {name: rng.integers(0, len(table), (n, 3)) for name, table in WORDS.items()}
     drawn["texture"] *= rng.random((n, 3)) < 0.4  # so that 70 % are plain
     for name in drawn:
         if name in fixed:
@@ -205,7 +187,7 @@ def draw_scenes(rng, n, many=0.35, **fixed):
 
 
 def lab_to_rgb(lab):
-    """(..., 3) CIELAB under D65 -> (..., 3) sRGB, 0..255 for what a screen can show (IEC 61966)."""
+    """CIELAB under D65 (..., 3) -> sRGB (..., 3), 0..255 if a screen has it (IEC 61966)."""
     y = (lab[..., 0] + 16) / 116
     f = np.stack([y + lab[..., 1] / 500, y, y - lab[..., 2] / 200], -1)
     xyz = np.where(f > 6 / 29, f ** 3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.9505, 1.0, 1.0888)
@@ -219,7 +201,7 @@ def draw_colors(rng, regions):
     """Rows of REGIONS (n,) -> (n,3) CIELAB, drawn again until a screen can show them."""
     lab, todo = np.empty((len(regions), 3)), np.arange(len(regions))  # most pass at once
     while len(todo):
-        low, high = REGIONS[regions[todo]].swapaxes(0, 1)                               # (k,3) each
+        low, high = REGIONS[regions[todo]].swapaxes(0, 1)                         # (k,3) each
         light, chroma, hue = (low + (high - low) * rng.random(low.shape)).T
         hue = np.radians(hue)
         lab[todo] = np.stack([light, chroma * np.cos(hue), chroma * np.sin(hue)], -1)
@@ -229,13 +211,13 @@ def draw_colors(rng, regions):
 
 
 def draw_places(rng, count, radius, place=None):
-    """Centres (n,3,2) in pixels: if alone often near the middle, else in quadrants of their own."""
+    """Centres (n,3,2) in pixels: often near the middle, or each in a quadrant of its own."""
     free = rng.uniform(-1, 1, (*radius.shape, 2))
-    quadrant = rng.permuted(np.tile(np.arange(4), (len(count), 1)), axis=1)[:, :3]      # (n,3)
-    quadrant = SIDE // 4 + SIDE // 2 * np.stack([quadrant % 2, quadrant // 2], -1)      # (n,3,2)
+    quadrant = rng.permuted(np.tile(np.arange(4), (len(count), 1)), axis=1)[:, :3]  # (n,3)
+    quadrant = SIDE // 4 + SIDE // 2 * np.stack([quadrant % 2, quadrant // 2], -1)  # (n,3,2)
     # a quarter holds its object whole; alone, half of all lie within a quarter of the way out
     several = quadrant + free * np.maximum(SIDE / 4 - 0.5 - radius, 0)[..., None]
-    alone = SIDE / 2 + free * np.abs(free) * (SIDE / 2 - 1 - radius)[..., None]         # (n,3,2)
+    alone = SIDE / 2 + free * np.abs(free) * (SIDE / 2 - 1 - radius)[..., None]   # (n,3,2)
     if place is not None:
         alone = SIDE / 2 + 14 * (np.stack([place % 3, place // 3], -1)[:, None] - 1) + 2 * free
     return np.where((count == 1)[:, None, None], alone, several)
@@ -245,14 +227,14 @@ def draw_grounds(rng, lab, count, tone=None, tries=12):
     """Tones (n,) and ends (n,2,3) of backdrops: of a few tries the first that has CONTRAST."""
     n = len(lab)
     if tone is None:
-        tones = rng.choice(len(TONES), (n, tries), p=TONE_SHARES)                       # (n,tries)
+        tones = rng.choice(len(TONES), (n, tries), p=TONE_SHARES)                 # (n,tries)
     else:
         tones = np.repeat(tone[:, None], tries, axis=1)
     tints = draw_colors(rng, len(COLORS) + tones.ravel()).reshape(n, tries, 1, 3)
-    apart = np.linalg.norm(tints - lab[:, None], axis=-1)                              # (n,tries,3)
-    drawn = np.arange(3) < count[:, None, None]                                         # (n,1,3)
-    best = np.where(drawn, apart, CONTRAST).min(-1).clip(max=CONTRAST).argmax(1)        # (n,)
-    ends = tints[np.arange(n), best] + rng.uniform(-7, 7, (n, 2, 1)) * (1, 0, 0)        # (n,2,3)
+    apart = np.linalg.norm(tints - lab[:, None], axis=-1)                         # (n,tries,3)
+    drawn = np.arange(3) < count[:, None, None]                                   # (n,1,3)
+    best = np.where(drawn, apart, CONTRAST).min(-1).clip(max=CONTRAST).argmax(1)  # (n,)
+    ends = tints[np.arange(n), best] + rng.uniform(-7, 7, (n, 2, 1)) * (1, 0, 0)  # (n,2,3)
     return tones[np.arange(n), best], ends
 
 
@@ -261,30 +243,28 @@ def draw_grounds(rng, lab, count, tone=None, tries=12):
 def render(scenes, rng, style=""):
     """Scenes -> (n,64,64,3) uint8; style: "", "outline", "noise" or "inverted"."""
     images = np.empty((len(scenes), SIDE, SIDE, 3), np.uint8)
-    for first in range(0, len(scenes), 16):  # so few stay in the cache: 3 times faster than 1,000
-        some = slice(first, first + 16)
-        images[some] = render_some(scenes[some], rng, style)
+    for first in range(0, len(scenes), 16):  # stays in the cache: 3 times faster than 1,000
+        some = scenes[first:first + 16]
+        canvas = draw_backdrops(some, rng)                                        # (k,3,S,S)
+        for slot in range(3):
+            rows = np.flatnonzero(some.count > slot)
+            ink = lab_to_rgb(some.lab[rows, slot]).astype(np.float32)[..., None, None]
+            canvas[rows] += cover(some[rows], slot, style)[:, None] * (ink - canvas[rows])
+        if style == "noise":
+            canvas += rng.normal(0, 45, canvas.shape)
+        canvas = canvas.clip(0, 255).round()
+        if style == "inverted":
+            canvas = 255 - canvas
+        images[first:first + 16] = canvas.transpose(0, 2, 3, 1)
     return images
-
-
-def render_some(scenes, rng, style):
-    canvas = draw_backdrops(scenes, rng)                                                # (n,3,S,S)
-    for slot in range(3):
-        rows = np.flatnonzero(scenes.count > slot)
-        ink = lab_to_rgb(scenes.lab[rows, slot]).astype(np.float32)[..., None, None]    # (k,3,1,1)
-        canvas[rows] += cover(scenes[rows], slot, style)[:, None] * (ink - canvas[rows])
-    if style == "noise":
-        canvas += rng.normal(0, 45, canvas.shape)
-    canvas = canvas.clip(0, 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    return 255 - canvas if style == "inverted" else canvas
 
 
 def draw_backdrops(scenes, rng):
     """(n,3,64,64) float32: a sweep from one end of the ground to the other, and grain."""
-    ends = lab_to_rgb(scenes.ground).astype(np.float32)[..., None, None]               # (n,2,3,1,1)
+    ends = lab_to_rgb(scenes.ground).astype(np.float32)[..., None, None]          # (n,2,3,1,1)
     line = np.linspace(-1, 1, SIDE, dtype=np.float32)
-    across, down = scenes.sweep.astype(np.float32).T[..., None, None]                 # (n,1,1) each
-    mix = (0.5 + across * line + down * line[:, None]).clip(0, 1)[:, None]              # (n,1,S,S)
+    across, down = scenes.sweep.astype(np.float32).T[..., None, None]             # (n,1,1) each
+    mix = (0.5 + across * line + down * line[:, None]).clip(0, 1)[:, None]        # (n,1,S,S)
     grain = rng.standard_normal((len(scenes), 1, SIDE, SIDE), dtype=np.float32)
     grain *= rng.uniform(0, 5, (len(scenes), 1, 1, 1)).astype(np.float32)
     return ends[:, 0] + mix * (ends[:, 1] - ends[:, 0]) + grain
@@ -292,22 +272,22 @@ def draw_backdrops(scenes, rng):
 
 def cover(scenes, slot, style):
     """How much of each pixel the objects in `slot` cover: (n,64,64) float32 in 0..1."""
-    radius = scenes.radius[:, slot, None, None].astype(np.float32)                      # (n,1,1)
+    radius = scenes.radius[:, slot, None, None].astype(np.float32)                # (n,1,1)
     angle = scenes.angle[:, slot, None, None].astype(np.float32)
-    centre = scenes.xy[:, slot, :, None, None].astype(np.float32)                       # (n,2,1,1)
+    centre = scenes.xy[:, slot, :, None, None].astype(np.float32)                 # (n,2,1,1)
     pixel = np.arange(SIDE, dtype=np.float32) + 0.5
     right = (pixel - centre[:, 0]) / radius
     up = (centre[:, 1] - pixel[:, None]) / radius
-    x = right * np.cos(angle) - up * np.sin(angle)                                      # (n,S,S)
+    x = right * np.cos(angle) - up * np.sin(angle)                                # (n,S,S)
     y = right * np.sin(angle) + up * np.cos(angle)
     distance = np.empty_like(x)
     for index, outline in enumerate(OUTLINES.values()):
         own = scenes.shape[:, slot] == index
         distance[own] = outline(x[own], y[own])
-    distance *= radius                                                                  # in pixels
+    distance *= radius                                                            # in pixels
     if style == "outline":
         distance = np.abs(distance) - 1.3
-    wave = 2 * np.pi / np.maximum(0.5, 6 / radius)  # two periods a radius, each six pixels or more
+    wave = 2 * np.pi / np.maximum(0.5, 6 / radius)  # two a radius, six pixels or more each
     hole = np.zeros_like(x)
     for index, weave in enumerate(WEAVES.values()):
         own = scenes.texture[:, slot] == index
@@ -320,29 +300,19 @@ def cover(scenes, slot, style):
 
 def name_object(scenes, i, slot, rng):
     """An object in words, said as fully as people do: "small red circle", "striped thing"."""
-    said = {"size": rng.random() < 0.2, "texture": rng.random() < 0.2,
-            "color": rng.random() < 0.75, "shape": rng.random() < 0.9}
-    if not any(said.values()):
-        said["color"] = True
+    shares = {"size": 0.2, "texture": 0.2, "color": 0.75, "shape": 0.9}
+    said = [name for name, share in shares.items() if rng.random() < share] or ["color"]
     words = []
     for name in said:
-        if said[name]:
-            synonyms = list(KINDS[name].values())[getattr(scenes, name)[i, slot]]
-            words.append(rng.choice(synonyms[:1] + synonyms))  # the usual one twice as often
-    if not said["shape"]:
+        synonyms = WORDS[name][getattr(scenes, name)[i, slot]]
+        words.append(rng.choice(synonyms[:1] + synonyms))  # the usual one twice as often
+    if "shape" not in said:
         words.append(rng.choice(THINGS))
     return " ".join(words)
 
 
 def with_article(noun):
     return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def place_of(xy):
-    """Where in the picture a point lies, in words."""
-    right, down = (xy * 3 // SIDE).astype(int).clip(0, 2)
-    place = PLACES[3 * down + right]
-    return "in the middle" if place == "middle" else f"at the {place}"
 
 
 def relation_of(a, b, rng):
@@ -357,7 +327,7 @@ def relation_of(a, b, rng):
 
 
 def describe(scenes, i, rng):
-    """One caption of scene i. rng: random.Random, 10 times faster than NumPy for single draws."""
+    """One caption of scene i. rng: random.Random, for single draws 10 times NumPy's speed."""
     count = int(scenes.count[i])  # the order in which objects are named is random, too
     slots = rng.sample(range(count), count)
     nouns = [name_object(scenes, i, slot, rng) for slot in slots]
@@ -365,7 +335,9 @@ def describe(scenes, i, rng):
     if count == 1:
         text = phrases[0] if rng.random() < 0.9 else f"one {nouns[0]}"
         if rng.random() < 0.25:
-            text += f" {place_of(scenes.xy[i, 0])}"
+            right, down = (scenes.xy[i, 0] * 3 // SIDE).astype(int).clip(0, 2)
+            place = PLACES[3 * down + right]
+            text += " in the middle" if place == "middle" else f" at the {place}"
     elif rng.random() < 0.45:
         a, b = scenes.xy[i, slots[:2]]
         text = f"{phrases[0]} {relation_of(a, b, rng)} {phrases[1]}"
@@ -373,14 +345,14 @@ def describe(scenes, i, rng):
         text = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
         if rng.random() < 0.5:
             text = f"{COUNTS[count - 1]} {rng.choice(THINGS)}s" + rng.choice(("", f": {text}"))
-    tones = list(TONES.values())[scenes.tone[i]]
+    tones = TONES[scenes.tone[i]]
     if tones and rng.random() < 0.2:
         text += f" on a {rng.choice(tones)} background"
     return rng.choice(FRAMES).format(text)
 
 
 def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
-    """For each scene a list of different captions; a share `wrong` of the lists is another's."""
+    """A list of different captions for each scene; a share `wrong` of them is another's."""
     n = len(scenes)
     words = random.Random(int(rng.integers(2 ** 62)))
     texts = []
@@ -391,34 +363,24 @@ def caption(scenes, rng, fewest=1, most=1, wrong=0.0):
             if text not in found:
                 found.append(text)
         texts.append(found)
-    other = (np.arange(n) + rng.integers(1, max(n, 2), n)) % n  # anyone but oneself
-    source = np.where(rng.random(n) < wrong, other, np.arange(n))
-    return [texts[j] for j in source]
+    moved = rng.integers(1, max(n, 2), n) * (rng.random(n) < wrong)  # to anyone but oneself
+    return [texts[j] for j in (np.arange(n) + moved) % n]
 
 
 # --------------------------------------------------------------------------------- observers
-# They weigh differences in FACTORS, each in units of its mean over random pairs of objects, so that
-# shape counts as much as colour. Nobody minds the backdrop, and all three images of a triplet have
-# another: raw pixels give nothing away.
+# They weigh differences in FACTORS, each in units of its mean over random pairs of objects.
+# Nobody minds the backdrop; the three images of a triplet have another: pixels tell nothing.
 
 FACTORS = {"color": ("color", "lab"), "shape": ("shape",), "size": ("size", "radius"),
            "place": ("xy",), "texture": ("texture",)}  # and the fields of Scenes that make them
-UNITS = np.array([70.0, 0.48, 0.234, 0.129, 0.477])  # CIELAB, 1 - overlap, log ratio, sides, 0 or 1
+UNITS = np.array([70.0, 0.48, 0.234, 0.129, 0.477])  # as `differences` measures them
 WEIGHTS = np.array([1.0, 1.0, 0.4, 0.4, 0.3])     # of the average observer
-PANEL, ASKED = 40, 10  # observers there are, and those asked about a triplet: ten, as for NIGHTS
-
-
-def shape_differences():
-    """(12,12): 1 - intersection over union of two shapes laid on each other."""
-    line = np.linspace(-1, 1, 128)
-    x, y = np.meshgrid(line, line)
-    masks = np.stack([OUTLINES[name](x, y).ravel() < 0 for name in SHAPES])            # (12,16384)
-    both = masks.astype(int) @ masks.T
-    area = masks.sum(1)
-    return 1 - both / (area + area[:, None] - both)
-
-
-SHAPE_DIFFERENCES = shape_differences()
+PANEL, ASKED = 40, 10  # observers, and how many of them see a triplet: ten, as for NIGHTS
+# (12,12): 1 - intersection over union of two shapes laid on each other
+_X, _Y = np.meshgrid(np.linspace(-1, 1, 128), np.linspace(-1, 1, 128))
+_MASKS = np.array([OUTLINES[name](_X, _Y).ravel() < 0 for name in SHAPES], int)  # (12,16384)
+_BOTH, _AREA = _MASKS @ _MASKS.T, _MASKS.sum(1)
+SHAPE_DIFFERENCES = 1 - _BOTH / (_AREA + _AREA[:, None] - _BOTH)
 
 
 def differences(a, b):
@@ -432,7 +394,7 @@ def differences(a, b):
 
 
 def vary(rng, ref, changed):
-    """Scenes that differ from `ref` in the FACTORS `changed` (n,5) bool, and in their backdrops."""
+    """Scenes that differ from `ref` in the FACTORS `changed` (n,5) bool and in backdrops."""
     new = draw_scenes(rng, len(ref), many=0)
     for column, fields in enumerate(FACTORS.values()):
         kept = ~changed[:, column]
@@ -447,21 +409,19 @@ def vary(rng, ref, changed):
 def judge(rng, panel, ref, left, right):
     """Is right nearer, (n,) bool, and how many observers in a row said so, (n,) in 1..10.
 
-    panel: (PANEL,5) weights. As for NIGHTS, observers are asked one by one until one disagrees with
-    the first, and only the unanimous judgements before that are counted.
+    panel: (PANEL,5) weights. As for NIGHTS, votes are counted until one differs from the first.
     """
-    nearer = differences(ref, left) - differences(ref, right)                           # (n,5)
-    asked = rng.random((len(ref), PANEL)).argsort(1)[:, :ASKED]                         # (n,10)
-    felt = (panel[asked] * nearer[:, None]).sum(-1) + rng.normal(0, 0.1, asked.shape)   # (n,10)
+    nearer = differences(ref, left) - differences(ref, right)                     # (n,5)
+    asked = rng.random((len(ref), PANEL)).argsort(1)[:, :ASKED]                   # (n,10)
+    felt = (panel[asked] * nearer[:, None]).sum(-1) + rng.normal(0, 0.1, asked.shape)  # (n,10)
     agree = (felt > 0) == (felt[:, :1] > 0)
     return felt[:, 0] > 0, np.where(agree.all(1), ASKED, agree.argmin(1))
 
 
 def draw_triplets(seed, block, n):
-    """Block `block` of the triplets: Scenes ref, left, right; right is nearer (n,); votes (n,)."""
+    """A block of triplets: Scenes ref, left, right; right is nearer (n,) bool; votes (n,)."""
     rng = generator(seed, "nights", block)
-    panel_rng = generator(seed, "panel", 0)
-    panel = WEIGHTS * np.exp(panel_rng.normal(0, 0.3, (PANEL, len(FACTORS))))
+    panel = WEIGHTS * np.exp(generator(seed, "panel", 0).normal(0, 0.3, (PANEL, len(FACTORS))))
     ref = draw_scenes(rng, n, many=0)
     chance = rng.random((n, len(FACTORS)))  # of ten changes 3 are left's, 3 right's, 1 both's
     left = vary(rng, ref, chance < 0.4)
@@ -475,41 +435,30 @@ def draw_triplets(seed, block, n):
 
 _SHAPE = ["a {c}", "a picture of a {c}", "a drawing of a {c}"]
 _THING = ["a {c} shape", "a {c} object", "a picture of a {c} thing"]
-_ANGULAR = ("square", "diamond", "bar", "cross", "arrow")
+_ANGULAR = ["square", "diamond", "bar", "cross", "arrow"]
 CLASSIFICATION = {
-    "toy_color": ("plain", list(COLORS), _THING, lambda y: {"color": y}, ""),
-    "toy_shape": ("plain", list(SHAPES), _SHAPE, lambda y: {"shape": y}, ""),
-    "toy_shape_outline": ("ood", list(SHAPES), _SHAPE, lambda y: {
-        "shape": y, "texture": 0, "color": list(COLORS).index("black"), "tone": 0 * y}, "outline"),
-    "toy_shape_inverted": ("ood", list(SHAPES), _SHAPE, lambda y: {"shape": y}, "inverted"),
-    "toy_color_noise": ("ood", list(COLORS), _THING, lambda y: {"color": y}, "noise"),
-    "toy_count": ("structured", list(COUNTS), ["{c} shapes", "a picture of {c} objects"],
+    "toy_color": ("plain", COLORS, _THING, lambda y: {"color": y}, ""),
+    "toy_shape": ("plain", SHAPES, _SHAPE, lambda y: {"shape": y}, ""),
+    "toy_shape_outline": ("ood", SHAPES, _SHAPE, lambda y: {
+        "shape": y, "texture": 0, "color": COLORS.index("black"), "tone": 0 * y}, "outline"),
+    "toy_shape_inverted": ("ood", SHAPES, _SHAPE, lambda y: {"shape": y}, "inverted"),
+    "toy_color_noise": ("ood", COLORS, _THING, lambda y: {"color": y}, "noise"),
+    "toy_count": ("structured", COUNTS, ["{c} shapes", "a picture of {c} objects"],
                   lambda y: {"count": y + 1}, ""),
     # the middle has an empty name, as a class of CLEVR-Distance has: labels must stay in place
     "toy_place": ("structured", [place.replace("middle", "") for place in PLACES],
                   ["a shape at the {c}"], lambda y: {"place": y, "size": 0}, ""),
-    "toy_size": ("structured", list(SIZES), _THING, lambda y: {"size": y}, ""),
-    "toy_texture": ("fine-grained", list(TEXTURES), _THING, lambda y: {"texture": y}, ""),
+    "toy_size": ("structured", SIZES, _THING, lambda y: {"size": y}, ""),
+    "toy_texture": ("fine-grained", TEXTURES, _THING, lambda y: {"texture": y}, ""),
     "toy_color_shape": ("fine-grained", [f"{c} {s}" for c in COLORS for s in SHAPES], _SHAPE,
                         lambda y: {"color": y // len(SHAPES), "shape": y % len(SHAPES)}, ""),
-    "toy_angular": ("fine-grained", list(_ANGULAR), _SHAPE, lambda y: {
-        "shape": np.array([list(SHAPES).index(name) for name in _ANGULAR])[y]}, ""),
+    "toy_angular": ("fine-grained", _ANGULAR, _SHAPE, lambda y: {
+        "shape": np.array([SHAPES.index(name) for name in _ANGULAR])[y]}, ""),
     "toy_backdrop": ("misc", ["light", "dark"], ["a shape on a {c} background"],
                      lambda y: {"tone": 2 * y}, ""),
 }
-RETRIEVAL = {"toy_objects": 0.0, "toy_scenes": 1.0}  # set -> share of scenes with several objects
+RETRIEVAL = {"toy_objects": 0.0, "toy_scenes": 1.0}  # share of scenes with several objects
 SETS = (*CLASSIFICATION, *RETRIEVAL)
-
-
-def draw_set(name, rng, n):
-    """Images (n,64,64,3) of a set, and per image its label, or for retrieval its five captions."""
-    if name in RETRIEVAL:
-        scenes = draw_scenes(rng, n, RETRIEVAL[name])
-        return render(scenes, rng), caption(scenes, rng, 5, 5)
-    _, classes, _, fixed, style = CLASSIFICATION[name]
-    labels = rng.permutation(np.arange(n) % len(classes))
-    scenes = draw_scenes(rng, n, many=0, **fixed(labels))
-    return render(scenes, rng, style), labels.tolist()
 
 
 # --------------------------------------------------------------------------------- files
@@ -526,7 +475,7 @@ def jpeg(image):
 
 
 def write_pairs(folder, config, block, n):
-    """One shard: pairs with one caption, perhaps wrong, or, held out, with several right ones."""
+    """One shard: pairs whose captions may be wrong, or, held out, one to five right ones."""
     rng = generator(config.seed, folder.name, block)
     scenes = draw_scenes(rng, n)
     if folder.name == "held_out":
@@ -537,14 +486,14 @@ def write_pairs(folder, config, block, n):
     for i, image in enumerate(render(scenes, rng)):
         members.append((f"{block:05}{i:04}.jpg", jpeg(image)))
         members.append((f"{block:05}{i:04}.txt", "\n".join(texts[i]).encode()))
-    write_tar(folder / f"{block:05}.tar", members)
+    tars.write_tar(folder / f"{block:05}.tar", members)
 
 
 def write_triplets(folder, config, block, n):
     """The images of a block of triplets; returns its rows of data.csv."""
     ref, left, right, right_nearer, votes = draw_triplets(config.seed, block, n)
     rng = generator(config.seed, "images", block)
-    ends = np.where(rng.random((n, 1)) < 0.5, [0, 1], [1, 0])  # as published: left is not always _0
+    ends = np.where(rng.random((n, 1)) < 0.5, [0, 1], [1, 0])  # left is not always _0
     images = [render(scenes, rng) for scenes in (ref, left, right)]
     for part in ("ref", "distort"):
         (folder / part / f"{block:03}").mkdir(parents=True)
@@ -554,68 +503,62 @@ def write_triplets(folder, config, block, n):
         paths = [f"ref/{stem}.jpg"] + [f"distort/{stem}_{end}.jpg" for end in ends[i]]
         for path, side in zip(paths, images):
             (folder / path).write_bytes(jpeg(side[i]))
-        color, shape = ref.color[i, 0], ref.shape[i, 0]
-        prompt = with_article(f"{list(COLORS)[color]} {list(SHAPES)[shape]}")
         split = {8: "val", 9: "test"}.get(number % 10, "train")
-        # is_imagenet says whether NIGHTS' noun is one of ImageNet's; here, of the first six shapes
-        nearer = int(right_nearer[i])
+        # is_imagenet: NIGHTS' noun is one of ImageNet's; here, of the first six shapes
+        shape, nearer = ref.shape[i, 0], int(right_nearer[i])
+        prompt = with_article(f"{COLORS[ref.color[i, 0]]} {SHAPES[shape]}")
         rows.append([number, 1 - nearer, nearer, votes[i]] + paths + [split, shape < 6, prompt])
     return rows
 
 
 def write_set(folder, config, name):
     """One benchmark set in tars of 50 samples."""
-    target = folder / f"wds_{name}_test"
-    target.mkdir(parents=True)
+    rng = generator(config.seed, name, 0)
     if name in RETRIEVAL:
-        n, end = config.per_set, ".txt"
-        texts = {"dataset_type": ["retrieval"], "family": ["retrieval"]}
+        kind, family, classes, prompts = "retrieval", "retrieval", [], []
+        scenes = draw_scenes(rng, config.per_set, RETRIEVAL[name])
+        images = render(scenes, rng)
+        answers = caption(scenes, rng, 5, 5)
     else:
-        family, classes, prompts, _, _ = CLASSIFICATION[name]
-        n, end = len(classes) * max(round(config.per_set / len(classes)), 1), ".cls"
-        texts = {"family": [family], "classnames": classes,
-                 "zeroshot_classification_templates": prompts}
-    for title, lines in texts.items():
-        (target / f"{title}.txt").write_text("\n".join(lines) + "\n")
-    images, answers = draw_set(name, generator(config.seed, name, 0), n)
-    members = []
+        kind, (family, classes, prompts, fixed, style) = "classification", CLASSIFICATION[name]
+        n = len(classes) * max(round(config.per_set / len(classes)), 1)
+        answers = rng.permutation(np.arange(n) % len(classes))
+        images = render(draw_scenes(rng, n, many=0, **fixed(answers)), rng, style)
+    samples = []
     for i, answer in enumerate(answers):
-        text = "\n".join(answer) if name in RETRIEVAL else str(answer)
-        members.append((f"s{i:07}.jpg", jpeg(images[i])))
-        members.append((f"s{i:07}{end}", text.encode()))
-    for first in range(0, n, 50):
-        write_tar(target / "test" / f"{first // 50}.tar", members[2 * first:2 * first + 100])
-    (target / "test" / "nshards.txt").write_text(f"{-(-n // 50)}\n")
+        samples.append((f"s{i:07}", "jpg", jpeg(images[i]), answer))
+    path = tars.write_set(folder, name, classes, prompts, samples, family, kind, per_shard=50)
+    if kind == "classification":  # which needs no saying
+        os.remove(f"{path}/dataset_type.txt")
 
 
 def write_vocabulary(path):
-    """A .tiktoken file: 256 bytes, 256 bytes that end a word (NUL marks the end), whole words."""
-    said = [*PLACES, *COUNTS, *THINGS, *FRAMES, "shapes objects things"]
-    said += ["in the middle at and on a background"]  # what describe() puts between
-    for table in (COLORS, SHAPES, SIZES, TEXTURES, TONES, RELATIONS):
-        for words in table.values():
-            said += words
-    words = {word for word in re.findall("[a-z]+", " ".join(said)) if len(word) > 1}
+    """A .tiktoken file: 256 bytes, 256 bytes that end a word (by a NUL), whole words."""
+    said = [*PLACES, *COUNTS, *THINGS, *FRAMES, "shapes objects things in at and on background"]
+    for synonyms in chain(TONES, RELATIONS.values(), *WORDS.values()):
+        said += synonyms
+    words = {word for word in " ".join(said).split() if word.isalpha() and len(word) > 1}
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [byte + b"\0" for byte in tokens]
     tokens += [word.encode() + b"\0" for word in sorted(words)]
-    lines = [f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
     path.parent.mkdir(parents=True)
-    path.write_text("".join(lines))
+    with open(path, "w") as file:
+        for rank, token in enumerate(tokens):
+            print(b64encode(token).decode(), rank, file=file)
 
 
 def draw_world(config, folder):
     """Write everything into `folder`, in blocks of 1,000 on all cores."""
     write_vocabulary(folder / "vocabulary" / "toy.tiktoken")
     jobs = [partial(write_set, folder / "benchmarks", config, name) for name in SETS]
-    for write, part, total in ((write_triplets, "nights", config.triplets),
-                               (write_pairs, "pairs", config.pairs),
-                               (write_pairs, "pairs/held_out", config.held_out)):
+    parts = ((write_triplets, "nights", config.triplets), (write_pairs, "pairs", config.pairs),
+             (write_pairs, "pairs/held_out", config.held_out))
+    for write, part, total in parts:
         for first in range(0, total, 1000):
             n = min(1000, total - first)
             jobs.append(partial(write, folder / part, config, first // 1000, n))
     rows = []
-    for found in in_order(operator.call, jobs, config.processes or os.cpu_count()):
+    for found in tars.in_order(operator.call, jobs, config.processes or os.cpu_count()):
         rows += found or []  # only triplets have rows
     with open(folder / "nights" / "data.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -624,60 +567,25 @@ def draw_world(config, folder):
         writer.writerows(rows)
 
 
-def draw_sheet(seed, path):
-    """A picture to look at: a row of scenes, rows of triplets, and a row of each benchmark."""
-    rng = generator(seed, "sheet", 0)
-    scenes = draw_scenes(rng, 12)
-    rows = [("scenes", scenes, [texts[0] for texts in caption(scenes, rng)], "")]
-    ref, left, right, right_nearer, votes = draw_triplets(seed, 0, 12)
-    answers = [f"{votes[i]} say {'right' if right_nearer[i] else 'left'}" for i in range(12)]
-    rows += [("left", left, [""] * 12, ""), ("reference", ref, answers, ""),
-             ("right", right, [""] * 12, "")]
-    for name, (_, classes, _, fixed, style) in CLASSIFICATION.items():
-        labels = rng.integers(0, len(classes), 12)
-        scenes = draw_scenes(rng, 12, many=0, **fixed(labels))
-        rows.append((name, scenes, [classes[label] for label in labels], style))
-    sheet = Image.new("RGB", (1220, 140 * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (title, scenes, texts, style) in enumerate(rows):
-        pen.text((10, 140 * row + 30), title, "black")
-        for i, image in enumerate(render(scenes, rng, style)):
-            left, top = 175 + 87 * i, 140 * row
-            sheet.paste(Image.fromarray(image), (left, top))
-            pen.text((left, top + SIDE + 2), textwrap.fill(texts[i], 13), "black")
-    sheet.save(path)
-
-
 def main(argv=None):
-    config, others = load_config(Config, globals(), argv)
-    if others:
-        raise ValueError(f"{others[0]}: takes only --key=value; --help lists the keys")
-    if config.show:
-        draw_sheet(config.seed, config.show)
-        print(f"drew {config.show}")
-        return
-    out, start = pathlib.Path(config.out), time.time()
-    world = {name: getattr(config, name) for name in
-             ("seed", "pairs", "held_out", "triplets", "per_set", "captions", "wrong")}
-    # other code draws another world: a changed toy.py is noticed, and so is another seed or size
-    world["code"] = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
-    if out.exists() and not (out / "world.json").exists():
-        raise ValueError(f"out={out}: holds something that is not a toy world; name a new folder")
-    if out.exists() and not config.force and json.loads((out / "world.json").read_text()) == world:
-        print(f"{out} is complete (seed {config.seed}); --force=True draws it again")
-        return
+    config, _ = load_config(Config, globals(), argv, files=False)
+    out = pathlib.Path(config.out)
+    world = dataclasses.asdict(config) | {"out": "", "processes": 0}  # these change no byte
+    if out.exists():
+        if not (out / "world.json").exists():
+            raise ValueError(f"out={out}: holds something that is not a toy world;"
+                             " name a new folder")
+        if json.loads((out / "world.json").read_text()) == world:
+            print(f"{out} is complete (seed {config.seed}); delete it to draw it again")
+            return
     # drawn beside its place and renamed when whole, so that no reader ever meets half a world
     unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        draw_world(config, unfinished)
-        (unfinished / "world.json").write_text(json.dumps(world, indent=1) + "\n")
-        shutil.rmtree(out, ignore_errors=True)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{out}: {config.pairs:,} pairs and {config.held_out:,} held out, {config.triplets:,} "
-          f"triplets, {len(SETS)} sets in {time.time() - start:.0f} s")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted run
+    draw_world(config, unfinished)
+    (unfinished / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.rename(out)
+    print(f"drew {out}: {config.pairs:,} pairs, {config.triplets:,} triplets, {len(SETS)} sets")
 
 
 if __name__ == "__main__":
