@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.images import decode
 from data.prepare.captions import caption_of_names
-from data.prepare.own import is_held_out, main, shrink
+from data.prepare.own import find_pictures, is_held_out, main, shrink
 
 
 def picture(path, size=(40, 30), seed=0, **options):
@@ -203,8 +203,9 @@ def test_an_interrupted_pack_leaves_no_shard_and_can_be_repeated(images, tmp_pat
     ("c.csv", "file,caption\n,a cat\n", "row 2: needs the name of a file"),
     ("c.csv", "file,caption,caption\na,b,c\n", "row 1: two columns have one name"),
     ("c.jsonl", "null\n", "row 1: needs one column of a file"),
-    ("c.csv", 'file,caption\ncat.png,"a" cat\n', "row 2: .* expected after"),
-    ("c.csv", 'file,caption\ncat.png,"a cat\n', "row 2: unexpected end of data"),
+    ("c.json", "[null]", "row 1: needs one column of a file"),
+    ("c.csv", 'file,caption\ncat.png,"a" cat\n', "row 2: a quote that is not closed"),
+    ("c.csv", 'file,caption\ncat.png,"a cat\n', "row 2: a quote that is not closed"),
     ("c.jsonl", '{"file": "cat.png", "caption": "a"}\n{"file"\n', "row 2: Expecting"),
     ("c.jsonl", "[1]\n", "row 1: not an object"),
     ("c.jsonl", '{"file": "cat.png", "caption": 3}\n', "row 1: needs a caption, as text"),
@@ -318,6 +319,21 @@ def test_folders_that_are_links_are_followed_and_loops_noticed(images, tmp_path)
     report = run(images, tmp_path / "out", "--captions=names")
     assert "more_fox" in packs(tmp_path / "out") and report["pictures"] == report["pairs"] == 5
     assert skips(tmp_path / "out", "images") == {"birds/back": "link to a folder that it lies in"}
+
+
+def test_a_folder_that_cannot_be_read_is_named(images, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refuse_birds(folder):
+        if str(folder).endswith("birds"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", refuse_birds)
+        names, passed = find_pictures(images)
+    assert names == ["cat.png", "dog.webp"]
+    assert passed == [(str(images / "birds"), "unreadable folder")]
 
 
 @pytest.mark.parametrize("before", ["images/", "{folder}/", "./", "/other/machine/images/", "D:\\pets\\"])

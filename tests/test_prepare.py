@@ -564,6 +564,12 @@ def test_class_folders_become_a_set(animals):
     assert [made.image(i).getpixel((4, 4))[0] for i in range(2)] == [0, 80]
 
 
+def test_a_template_without_a_place_for_the_class_is_refused(animals):
+    (animals.parent / "t.txt").write_text("a photo of a {c}.\na photo.\n")
+    with pytest.raises(ValueError, match="t.txt: each line needs {c}"):
+        make_set(animals, f"--templates={animals.parent / 't.txt'}")
+
+
 def test_a_table_of_labels_becomes_a_set(animals):
     table = animals.parent / "labels.csv"
     table.write_text("image;label\ncat/1.png;tom\nanimals/cat/2.bmp;tom_cat\n"
@@ -790,6 +796,13 @@ def test_other_columns_are_named(tmp_path, vocabulary):
 def test_a_folder_without_parquet_files_is_named(tmp_path, vocabulary):
     with pytest.raises(ValueError, match="nowhere: no folder and no data set; write OWNER/NAME"):
         prepare(tmp_path / "nowhere", tmp_path / "out", vocabulary)
+
+
+def test_parquet_files_of_one_name_are_refused(release, tmp_path, vocabulary):
+    (release / "more").mkdir()
+    (release / "more" / "train-00000-of-00003.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="each of another name, .*has 4 files of 3 names"):
+        prepare(release, tmp_path / "out", vocabulary)
 
 
 def test_without_pyarrow_one_line_says_what_to_install(release, tmp_path, vocabulary, monkeypatch):

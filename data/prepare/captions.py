@@ -104,7 +104,10 @@ def read_table(file):
             number += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
-    except (csv.Error, ValueError) as error:  # csv: a quote that is not closed, or not doubled
+    except csv.Error as error:
+        raise ValueError(f"{file}, row {number}: a quote that is not closed, or should be "
+                         "doubled") from None
+    except ValueError as error:
         raise ValueError(f"{file}, row {number}: {error}") from None
 
 

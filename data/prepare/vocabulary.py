@@ -57,14 +57,14 @@ def tiktoken_text(merges):
     the end of a word, which is a NUL in our file.
     """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    others = sorted(set(range(256)) - set(plain))
+    characters = map(chr, [*plain, *range(256, 256 + len(others))])
+    byte_of = dict(zip(characters, plain + others))
     tokens = [bytes([byte]) for byte in byte_of.values()]  # CLIP numbers bytes in this order
     tokens += [token + b"\0" for token in tokens]
     for merge in merges.split("\n")[1:1 + MERGES]:  # the first line names a version
         word = merge.replace(" ", "")
-        token = bytes(byte_of[character] for character in word.removesuffix("</w>"))
+        token = bytes(map(byte_of.get, word.removesuffix("</w>")))
         if word.endswith("</w>"):
             token += b"\0"
         tokens.append(token)
