@@ -7,17 +7,11 @@
     python -m data.prepare.benchmarks folders FOLDER TARGET --labels=labels.csv   # file,label
     python -m data.prepare.benchmarks fashion-mnist FOLDER TARGET   # a set from files at hand
 
-Both homes are on the Hugging Face hub (pip install huggingface_hub) and hold the layout that
-evaluate.py reads: a set is a copy of its files. The same command goes on where it was stopped.
-
-"folders" writes TARGET/wds_NAME_test. A class is called as its folder, or as its label in the
-table, with "_" as a space; templates are one a line, with {c} for the name. A picture that is
-unreadable or has no label is an error: a set is never quietly smaller.
-
-"fashion-mnist" reads the idx-gz files that Debian's package dataset-fashion-mnist installs in
-/usr/share/datasets/fashion-mnist: not a row of the paper, but a real set without any account.
+Both homes are on the Hugging Face hub; the same command goes on where it was stopped. "folders"
+writes TARGET/wds_NAME_test: a class is called as its folder or label, with "_" as a space. A
+picture that is unreadable or has no label is an error. "fashion-mnist" reads the files of
+Debian's package dataset-fashion-mnist.
 """
-import difflib
 import gzip
 import io
 import re
@@ -27,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from configs import load_config
+from configs import check_ranges, load_config
 from data.benchmarks import ROWS, BenchmarkSet, find_sets, unlike_row
 from data.images import BadImage
 from data.log import run_main
-from data.prepare.captions import match_names, read_labels
+from data.prepare.captions import LABEL_COLUMNS, match_names, read_texts
 from data.prepare.hub import fetch_file, list_files
 from data.prepare.own import find_pictures, shrink
 from data.prepare.tars import write_set
@@ -54,27 +48,21 @@ class Config:
     # of "folders":
     name: str = ""         # of the set; default: FOLDER's own
     labels: str = ""       # a table of file and label; default: the folders are the labels
-    classnames: str = ""   # a file that names numbered labels: its first line is label 0
     templates: str = ""    # a file of prompts; default: "a photo of a {c}."
 
     def check(self):
-        if self.home not in HOMES:
-            raise ValueError(f"home={self.home}: must be one of {', '.join(HOMES)}")
+        check_ranges(self, home=tuple(HOMES))
 
 
 # ---------------------------------------------------------------------------- published sets
 
 def choose_rows(only):
     """Rows named by `only`: comma-separated set names of either home; "": all of the table."""
-    if not only:
-        return list(ROWS)
     by_name = {name: row for row in ROWS for name in row.sets}
     chosen = []
-    for name in only.split(","):
+    for name in only.split(",") if only else by_name:
         if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, 1)
-            hint = f"did you mean {near[0]}?" if near else "--list shows the names"
-            raise ValueError(f"--only={name}: no such set; {hint}")
+            raise ValueError(f"--only={name}: no such set; --list shows the names")
         if by_name[name] not in chosen:
             chosen.append(by_name[name])
     return chosen
@@ -88,13 +76,9 @@ def fetch(row, target, home):
     if row.family == "retrieval":
         home = "clip-benchmark"  # the other home has no retrieval sets in this layout
     name = HOMES[home].format(row.sets[-1] if home == "clip-benchmark" else row.sets[0])
-    other = present(target).get(row.sets[0])
-    if other and other.name != name:  # the homes differ in prompts, so one of them must go
-        raise ValueError(f"{other} is the same set from the other home; move it away")
     commit, sizes = list_files(f"{home}/{name}")
     wanted = [path for path in sizes if WANTED.fullmatch(path)]
-    size = sum(sizes[path] or 0 for path in wanted)
-    print(f"{row.title}: {home}/{name}, {len(wanted)} files, {size / 1e6:,.0f} MB", flush=True)
+    print(f"{row.title}: {len(wanted)} files of {home}/{name}", flush=True)
     for path in wanted:
         fetch_file(f"{home}/{name}", commit, path, target / name)
     check(target / name)
@@ -108,29 +92,19 @@ def check(folder):
         raise ValueError(f"{difference}; remove the folder and start again")
 
 
-def present(target):
-    """{set name: Path} of the sets in `target`, complete or not; {} where there are none."""
-    if not any(folder.is_dir() for folder in target.glob("wds_*")):
-        return {}
-    return {name: Path(folder) for name, folder in find_sets(target).items()}
-
-
 def show(rows, target):
-    """Print one line a row: names, size, and whether it is here and whole."""
-    here = present(target)
-    print(f"{'row':>3} {'title':<18}{'images':>8}{'classes':>8}  {f'in {target}':<24}set names")
+    """Print one line a row: title, size, whether it is here and whole, names of the set."""
+    here = find_sets(target) if any(target.glob("wds_*")) else {}
     for row in rows:
         state = "absent"
         if row.sets[0] in here:
-            folder = here[row.sets[0]]
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             try:
-                check(folder)
-                state = f"complete, {size / 1e6:,.0f} MB"
+                check(here[row.sets[0]])
+                state = "complete"
             except (ValueError, FileNotFoundError):
-                state = f"INCOMPLETE, {size / 1e6:,.0f} MB"
-        print(f"{ROWS.index(row) + 1:>3} {row.title:<18}{row.n:>8,}{row.classes or '-':>8}  "
-              f"{state:<24}{', '.join(row.sets)}")
+                state = "INCOMPLETE"
+        print(f"{row.title:<18}{row.n:>8,} images{row.classes or '-':>6} classes  {state:<12}"
+              f"{', '.join(row.sets)}")
 
 
 def fetch_all(rows, target, home):
@@ -150,99 +124,61 @@ def fetch_all(rows, target, home):
 def from_folders(folder, target, config):
     """Write the pictures below `folder` as a classification set; returns the set's folder."""
     pictures, _ = find_pictures(folder)
+    labels = {name: name.partition("/")[0] for name in pictures if "/" in name}
     if config.labels:
         labels = labels_of_table(folder, pictures, Path(config.labels))
-    else:
-        labels = labels_of_folders(folder, pictures)
-    classnames, numbers = name_classes(sorted(set(labels.values())), config.classnames)
+    without = [name for name in pictures if name not in labels]
+    if without:
+        raise ValueError(f"{folder}: {len(without)} pictures lie in no class folder or in "
+                         f"no row: {', '.join(without[:5])}")
+    classes = sorted(set(labels.values()))
+    if all(label.isdecimal() for label in classes):
+        raise ValueError(f"labels are numbers ({', '.join(classes[:5])}); write the names of "
+                         "the classes, of which prompts are made")
     templates = ["a photo of a {c}."]
     if config.templates:
-        templates = read_lines(config.templates)
-    for template in templates:
-        if "{c}" not in template:
-            raise ValueError(f"{config.templates}: {template!r} has no {{c}} for the class")
+        templates = Path(config.templates).read_text(encoding="utf-8-sig").split("\n")
+        templates = [line.strip() for line in templates if line.strip()]
+    if not all("{c}" in template for template in templates):
+        raise ValueError(f"{config.templates}: each line needs {{c}}, where the class is named")
 
     def samples():
         for i, name in enumerate(pictures):
             try:
                 data = (folder / name).read_bytes()
                 kind, data = shrink(data, short_side=10**9, quality=95)  # at its own size
-            except (BadImage, OSError) as error:
+            except BadImage as error:
                 raise ValueError(f"{folder / name}: unreadable ({error})") from None
-            yield f"s{i:07d}", kind, data, numbers[labels[name]]
+            yield f"s{i:07d}", kind, data, classes.index(labels[name])
 
-    name = config.name or folder.resolve().name
-    return write_set(target, name, classnames, templates, samples(), family="own",
-                     per_shard=1000)
+    classnames = [label.replace("_", " ") for label in classes]
+    return write_set(target, config.name or folder.resolve().name, classnames, templates,
+                     samples(), family="own", per_shard=1000)
 
 
-def labels_of_folders(folder, pictures):
-    """{picture: the folder in `folder` that it lies in}. Raises ValueError."""
-    labels = {}
-    for name in pictures:
-        label, slash, _ = name.partition("/")
-        if not slash:
-            raise ValueError(f"{folder}/{name}: lies in no class folder; move it, or give "
-                             "--labels=TABLE with the columns file and label")
-        labels[name] = label
+def labels_of_table(folder, pictures, file):
+    """{picture: label} of a table; ValueError for a row without a picture or a clear label."""
+    table, labels = {}, {}
+    for _, name, texts in read_texts(file, LABEL_COLUMNS):
+        table.setdefault(name, []).extend(texts)
+    matched, missing = match_names(table, pictures, folder)
+    if missing:
+        raise ValueError(f"{file}: {': '.join(missing[0])} ({len(missing)} of such)")
+    for name, texts in matched.items():
+        found = {(text or "").strip() for text in texts}
+        if len(found) > 1 or "" in found:
+            raise ValueError(f"{file}: {name} needs one label, has {sorted(found)}")
+        labels[name] = found.pop()
     return labels
-
-
-def labels_of_table(folder, pictures, table):
-    """{picture: label} of a table; ValueError for a picture or a row without its other."""
-    matched, missing = match_names(read_labels(table), pictures, folder)
-    for name, reason in missing:
-        raise ValueError(f"{table}: {name}: {reason} ({len(missing)} of such)")
-    labels = {}
-    for name in pictures:
-        found = sorted(set(matched.get(name, [])))
-        if not found:
-            count = len(set(pictures) - set(matched))
-            raise ValueError(f"{table}: no label for {name} ({count} of such)")
-        if len(found) > 1:
-            raise ValueError(f"{table}: {name} has the labels {', '.join(found)}")
-        labels[name] = found[0]
-    return labels
-
-
-def name_classes(labels, file):
-    """Sorted labels -> (names of the classes, {label: number of its class}). Raises ValueError.
-
-    file: the names of numbered labels, label 0 in the first line; "": labels are names.
-    """
-    if not file:
-        if all(label.isdecimal() for label in labels):
-            raise ValueError(f"labels are numbers ({', '.join(labels[:5])}); name them with "
-                             "--classnames=FILE, whose first line is label 0")
-        names = [label.replace("_", " ") for label in labels]
-        return names, {label: number for number, label in enumerate(labels)}
-    names = read_lines(file)
-    numbers = {}
-    for label in labels:
-        if not label.isdecimal() or int(label) >= len(names):
-            raise ValueError(f"label {label!r}: {file} names labels 0 to {len(names) - 1}")
-        numbers[label] = int(label)
-    return names, numbers
-
-
-def read_lines(file):
-    """The lines of a text file that are not blank."""
-    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
 
 
 def read_idx(path):
     """An idx-gz file of unsigned bytes (MNIST's format) -> uint8 array of its stated shape."""
     with gzip.open(path) as file:
         content = file.read()
-    if content[:3] != b"\0\0\x08":  # two zeros, then 8 for unsigned bytes, then the dimensions
-        raise ValueError(f"{path}: not an idx file of bytes")
-    head = 4 + 4 * content[3]
-    shape = np.frombuffer(content[4:head], dtype=">i4")
-    if len(content) != head + shape.prod():
-        raise ValueError(f"{path}: {len(content) - head:,} bytes of data, "
-                         f"its head says {shape}")
-    return np.frombuffer(content[head:], dtype=np.uint8).reshape(shape)
+    dimensions = content[3]  # behind two zeros and an 8 for unsigned bytes
+    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def fashion_mnist(folder, target):
@@ -266,14 +202,12 @@ def main(argv=None):
     if command in ("folders", "fashion-mnist"):
         if len(others) != 3:
             raise ValueError(f"write: ... data.prepare.benchmarks {command} FOLDER TARGET")
-        folder, target = Path(others[1]), Path(others[2])
+        source, target = Path(others[1]), Path(others[2])
         if command == "folders":
-            print(from_folders(folder, target, config))
+            print(from_folders(source, target, config))
         else:
-            print(fashion_mnist(folder, target))
+            print(fashion_mnist(source, target))
         return
-    if len(others) > 1:
-        raise ValueError("write: python -m data.prepare.benchmarks [TARGET] [--key=value ...]")
     target = Path(command or "data/benchmarks")
     rows = choose_rows(config.only)
     if config.list:

@@ -1,10 +1,9 @@
 """The words for pictures: tables as people have them, texts beside pictures, names of files.
 
 Tables are text with a header, whose cells are separated by comma, tab, semicolon or bar;
-Flickr8k's token file (name.jpg#0<tab>text); .jsonl, an object a line; .json, COCO's (images,
-annotations) or a list of objects; .parquet, of names or of the pictures themselves. What would
-be a guess is an error that names file and row. Rows are counted as a spreadsheet does, a header
-being row 1.
+Flickr8k's token file (name.jpg#0<tab>text); .jsonl, an object a line; .json, COCO's captions
+or a list of objects; .parquet, of names or of the pictures themselves. What would be a guess
+is an error that names file and row; a header is row 1.
 """
 import csv
 import json
@@ -21,8 +20,6 @@ LABEL_COLUMNS = ("label", "class", "class_name", "classname", "category")
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
 FLICKR8K = re.compile(r"([^\t#]+\.\w+)#\d+\t(.*)")  # name.jpg#0<tab>text
 
-
-# ---------------------------------------------------------------------- without a table
 
 def caption_of_names(name):
     """"animals/bugs/flying_wasp_02.png" -> "flying wasp, bugs, animals"."""
@@ -45,238 +42,156 @@ def captions_beside(folder, names, lines):
             text = (folder / name).with_suffix(".txt").read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             skipped[name] = "no caption file"
-            continue
         except UnicodeDecodeError:
             skipped[name] = "caption is not UTF-8"
-            continue
-        rows = [row for row in text.split("\n") if row.strip()]  # \r\n was read as \n
-        if lines == "one":
-            captions[name] = [text]
-            continue
-        captions[name] = rows if lines == "all" else rows[:1]
-        if len(rows) > 1:
-            taken = "each is a caption" if lines == "all" else "the first is taken"
-            notes[f"caption files have several lines: {taken} (--lines=first, --lines=all, or "
-                  "--lines=one: the whole file is one caption)"] += 1
+        else:
+            rows = [row for row in text.split("\n") if row.strip()]
+            captions[name] = {"first": rows[:1], "all": rows, "one": [text]}[lines]
+            if len(rows) > 1 and lines != "one":
+                notes[f"caption files have several lines, taken as --lines={lines} (first; "
+                      "all: a caption each; one: the file is a caption)"] += 1
     return captions, skipped, notes
 
 
 # ---------------------------------------------------------------------- tables
 
-def read_captions(file, columns=""):
-    """A table -> {name: [captions]}, and a Counter of what the reader of a report should know.
+def read_texts(file, known=CAPTION_COLUMNS):
+    """Yield ("file, row n", picture's name, [its texts]) of a table; a text may be None.
 
-    columns: "FILE,CAPTION" where the table's columns have unusual names. Raises ValueError.
+    known: names that the column of texts may have. Raises ValueError naming file and row.
     """
-    table, notes = {}, Counter()
-    for _, name, texts in _named_texts(file, _known_columns(columns)):
-        table.setdefault(name, []).extend(texts)
-        if not any(text and text.strip() for text in texts):
-            notes["rows without a caption"] += 1
-    return table, notes
+    for number, row in read_table(file):
+        where = f"{file}, row {number}"
+        name = row[find_column(row, FILE_COLUMNS, where)]
+        if not name or not isinstance(name, str):
+            raise ValueError(f"{where}: needs the name of a file, as text; a parquet file that "
+                             "holds pictures itself is given as IMAGES")
+        yield where, PurePosixPath(name.strip()).as_posix(), texts_of(row, known, where)
 
 
-def read_labels(file):
-    """A table -> {name: [labels]}. Raises ValueError."""
-    table = {}
-    for where, name, texts in _named_texts(file, (FILE_COLUMNS, LABEL_COLUMNS)):
-        for text in texts:
-            if not text or not text.strip():
-                raise ValueError(f"{where}: {name} has no label")
-            table.setdefault(name, []).append(text.strip())
-    return table
-
-
-def _known_columns(columns):
-    """(names for the file's column, names for the caption's), with --columns or without."""
-    if not columns:
-        return FILE_COLUMNS, CAPTION_COLUMNS
-    file, comma, caption = columns.lower().partition(",")
-    if not comma or "," in caption:
-        raise ValueError(f"--columns={columns}: write two names, the file's and the caption's")
-    return (file.strip(),), (caption.strip(),)
-
-
-def _named_texts(file, known):
-    """Yield ("file, row n", name, [texts]) of a table; texts may be None or blank."""
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    read_rows = readers.get(file.suffix.lower(), _text_rows)
-    try:
-        for number, row in read_rows(file, known):
-            where = f"{file}, row {number}"
-            name = row[find_column(row, known[0], where)]
-            texts = row[find_column(row, known[1], where)]
-            texts = texts if isinstance(texts, list) else [texts]
-            if not name or not isinstance(name, str):
-                raise ValueError(f"{where}: needs the name of a file, as text")
-            if not all(isinstance(text, str | None) for text in texts):
-                raise ValueError(f"{where}: needs a {known[1][0]}, as text")
-            yield where, PurePosixPath(name.strip()).as_posix(), texts
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not readable as UTF-8 ({error})") from None
+def texts_of(row, known, where):
+    """The texts in a row's one column of a known name, as a list."""
+    texts = row[find_column(row, known, where)]
+    texts = texts if isinstance(texts, list) else [texts]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"{where}: needs a {known[0]}, as text")
+    return texts
 
 
 def find_column(columns, known, where):
     """The one of `columns` whose name is in `known`; ValueError unless there is exactly one."""
-    found = [column for column in columns if column.lower() in known]
-    if len(found) == 1:
-        return found[0]
-    problem = f"must be one of {', '.join(known)}"
-    if found:
-        problem = f"could be {' or '.join(found)}"
-    raise ValueError(f"{where}: the column of the {known[0]} {problem}; the columns are "
-                     f"{', '.join(columns)}; --columns=FILE,CAPTION names others")
+    found = [column for column in columns if column in known]
+    if len(found) != 1:
+        raise ValueError(f"{where}: needs one column of a {known[0]}, named as one of "
+                         f"{', '.join(known)}; the columns are {', '.join(columns)}")
+    return found[0]
 
 
-# ---------------------------------------------------------------------- kinds of tables
+def read_table(file):
+    """Yield (row number, {column in small letters: cell}) of a table of any kind.
 
-def _text_rows(file, known):
-    """(number, row) of a text table; a row is a dict, with None where it has no cell."""
+    Raises ValueError naming file and row.
+    """
+    readers = {".json": json_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
+    read_rows = readers.get(file.suffix.lower(), text_rows)
+    number = 1
+    try:
+        for row in read_rows(file):
+            if row is not None:  # a header, a blank line
+                if not isinstance(row, dict):
+                    raise ValueError(f"not an object: {str(row)[:40]}")
+                yield number, {column.strip().lower(): cell for column, cell in row.items()}
+            number += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{file}, row {number}: a quote that is not closed, or should be "
+                         "doubled") from None
+    except ValueError as error:
+        raise ValueError(f"{file}, row {number}: {error}") from None
+
+
+def text_rows(file):
+    """Rows of a text table; a cell that a row lacks is None."""
     data = file.read_bytes()
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Excel saves "Unicode text"
-    text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    lines = text.split("\n")
+    lines = data.decode("utf-16" if utf16 else "utf-8-sig").split("\n")
     if FLICKR8K.match(lines[0]):
-        yield from _flickr8k_rows(lines, file, known)
+        yield from flickr8k_rows(lines)
         return
-    separator = _find_separator(lines[0], known, f"{file}, row 1")
+    separator = max(SEPARATORS, key=lines[0].count)
     reader = csv.reader([line + "\n" for line in lines], delimiter=separator, strict=True)
-    header, number = None, 0
-    try:
-        for number, cells in enumerate(reader, 1):
-            if header is None:
-                header = [cell.strip().lower() for cell in cells]
-            elif any(cell.strip() for cell in cells):
-                yield number, _row_of(header, cells, separator, f"{file}, row {number}")
-    except csv.Error as error:
-        raise ValueError(f"{file}, row {number + 1}: {error}; a cell that starts with a quote "
-                         "ends with one, and quotes inside it are doubled") from None
+    header = [cell.strip() for cell in next(reader)]
+    if any(header.count(cell) > 1 for cell in header if cell):
+        raise ValueError(f"two columns have one name: {', '.join(header)}")
+    yield None
+    for cells in reader:
+        while len(cells) > len(header) and not cells[-1].strip():
+            cells.pop()
+        if len(cells) > len(header):
+            raise ValueError(f"{len(cells)} cells, the header has {len(header)}; a text with a "
+                             f"{SEPARATORS[separator]} in it needs quotes around it")
+        blank = not "".join(cells).strip()
+        cells += [None] * (len(header) - len(cells))
+        yield None if blank else dict(zip(header, cells))
 
 
-def _find_separator(line, known, where):
-    """The separator with which a header has a column of a file and one of a text."""
-    for separator in SEPARATORS:
-        cells = next(csv.reader([line.lower()], delimiter=separator), [])
-        cells = {cell.strip() for cell in cells}
-        if cells & set(known[0]) and cells & set(known[1]):
-            return separator
-    raise ValueError(f"{where}: needs a file ({', '.join(known[0])}) and a {known[1][0]} "
-                     f"({', '.join(known[1])}), separated by comma, tab, semicolon or bar; it "
-                     f"is {line.strip()[:80]!r}; --columns=FILE,CAPTION names others")
-
-
-def _row_of(header, cells, separator, where):
-    """{column: cell}; ValueError for more cells than the header has."""
-    while len(cells) > len(header) and not cells[-1].strip():
-        cells = cells[:-1]
-    if len(cells) > len(header):
-        raise ValueError(f"{where}: {len(cells)} cells, the header has {len(header)}; a text "
-                         f"with a {SEPARATORS[separator]} in it needs quotes around it")
-    row = dict.fromkeys(header)
-    row.update(zip(header, cells))
-    return row
-
-
-def _flickr8k_rows(lines, file, known):
-    for number, line in enumerate(lines, 1):
+def flickr8k_rows(lines):
+    for line in lines:
         match = FLICKR8K.match(line)
-        if match:
-            yield number, {known[0][0]: match[1], known[1][0]: match[2]}
-        elif line.strip():
-            raise ValueError(f"{file}, row {number}: not name.jpg#0<tab>text, as row 1 is")
+        if not match and line.strip():
+            raise ValueError("not name.jpg#0<tab>text, as row 1 is")
+        yield {"file": match[1], "caption": match[2]} if match else None
 
 
-def _jsonl_rows(file, known):
+def jsonl_rows(file):
     """Objects, one a line. A line ends at a newline only: a caption may hold U+2028."""
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if line.strip():
-            where = f"{file}, row {number}"
-            yield number, _small_keys(_parse(line, where), where)
+    for line in file.read_text(encoding="utf-8-sig").split("\n"):
+        yield json.loads(line) or {} if line.strip() else None  # {}: null is no blank line
 
 
-def _json_rows(file, known):
+def json_rows(file):
     """COCO's captions, or a list of objects."""
-    content = _parse(file.read_text(encoding="utf-8-sig"), str(file))
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
     if isinstance(content, list):
-        for number, row in enumerate(content, 1):
-            yield number, _small_keys(row, f"{file}, row {number}")
+        for row in content:
+            yield row or {}
         return
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise ValueError(f"{file}: must be COCO's (images, annotations) or a list of objects")
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        for number, row in enumerate(content["annotations"], 1):
-            yield number, {known[0][0]: names[row["image_id"]], known[1][0]: row["caption"]}
+        for row in content["annotations"]:
+            yield {"file": names[row["image_id"]], "caption": row["caption"]}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not COCO's captions, an entry lacks {error}") from None
+        raise ValueError("must be COCO's captions (images, annotations) or a list of objects; "
+                         f"an entry lacks {error}") from None
 
 
-def _parse(text, where):
+def parquet_rows(file):
+    """Rows of a parquet file as dicts, a few dozen in memory at a time."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-
-
-def _small_keys(row, where):
-    """A JSON object with its keys in small letters; ValueError for any other value."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not an object: {str(row)[:40]}")
-    return {key.strip().lower(): value for key, value in row.items()}
-
-
-# ---------------------------------------------------------------------- parquet
-
-def picture_column(file):
-    """The column of a parquet file that holds the pictures' bytes themselves, or None."""
-    if file.suffix.lower() != ".parquet":
-        return None
-    found = []
-    for field in _schema(file):
-        kind = str(field.type)  # `datasets` writes struct<bytes: binary, path: string>
-        if kind in ("binary", "large_binary") or kind.startswith("struct<bytes: "):
-            found.append(field.name)
-    if len(found) > 1:
-        raise ValueError(f"{file}: columns {', '.join(found)} all hold bytes; keep one")
-    return found[0] if found else None
-
-
-def parquet_pictures(file, columns=""):
-    """Yield (name, bytes, [captions]) of a parquet file's rows; the name is FILE-0000012."""
-    picture = picture_column(file)
-    text = find_column(_schema(file).names, _known_columns(columns)[1], str(file))
-    for number, row in enumerate(_parquet_dicts(file, [picture, text])):
-        data, texts = row[picture.lower()], row[text.lower()]
-        if isinstance(data, dict):
-            data = data["bytes"]
-        texts = texts if isinstance(texts, list) else [texts]
-        yield f"{file.stem}-{number:07d}", data or b"", texts
-
-
-def _parquet_rows(file, known):
-    """(number, row) of a parquet file that names pictures."""
-    columns = [name for name in _schema(file).names if name.lower() in known[0] + known[1]]
-    return enumerate(_parquet_dicts(file, columns), 1)
-
-
-def _schema(file):
-    try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError("parquet files are read by pyarrow: pip install pyarrow") from None
-    try:
-        return parquet.read_schema(file)
-    except ArrowInvalid as error:
-        raise ValueError(f"{file}: broken ({' '.join(str(error).split())})") from None
-
-
-def _parquet_dicts(file, columns):
-    """Rows of some columns, keys in small letters, a few dozen in memory at a time."""
-    from pyarrow import parquet
+    # Streamed: a row group can be the whole file, and then 714 MB of it took 0.97 GB, now 0.3
     with parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
-        for batch in table.iter_batches(batch_size=32, columns=columns):
-            for row in batch.to_pylist():
-                yield {key.lower(): value for key, value in row.items()}
+        for batch in table.iter_batches(batch_size=32):
+            yield from batch.to_pylist()
+
+
+def parquet_pictures(file):
+    """Yield (name, bytes, [captions]) of a parquet file's rows; the name is FILE-0000012."""
+    for number, row in read_table(file):
+        where = f"{file}, row {number}"
+        pictures = []
+        for cell in row.values():
+            if isinstance(cell, dict):  # as `datasets` writes it
+                cell = cell.get("bytes")
+            if isinstance(cell, bytes):
+                pictures.append(cell)
+        if len(pictures) > 1:
+            raise ValueError(f"{where}: several columns hold bytes; keep the pictures'")
+        data = pictures[0] if pictures else b""
+        yield f"{file.stem}-{number - 1:07d}", data, texts_of(row, CAPTION_COLUMNS, where)
 
 
 # ---------------------------------------------------------------------- names of pictures
@@ -284,48 +199,54 @@ def _parquet_dicts(file, columns):
 def match_names(table, pictures, folder):
     """Find the pictures that a table means: {picture: texts}, and [(name, reason)] of the rest.
 
-    pictures: names relative to `folder`. A table may put before them a path that ends as the
-    folder's own, or one absolute path before all. Of other names near misses are named.
+    table: {name: texts}. pictures: names relative to `folder`. A table may put before them a
+    path that ends as the folder's own, or else one absolute path of elsewhere before all.
     """
-    by_name, by_stem = {}, {}
-    for picture in pictures:
-        by_name[normalize("NFC", picture)] = picture  # macOS spells accents apart
-        by_stem.setdefault(PurePosixPath(picture).stem.lower(), picture)
-    spelled = {}
-    for name in table:
-        plain = normalize("NFC", name)
-        spelled[name] = plain if plain in by_name else plain.replace("\\", "/")
-    prefixes = _find_prefixes(spelled.values(), by_name, folder)
+    by_name = {spell(picture): picture for picture in pictures}
+    by_stem = {PurePosixPath(name).stem.lower(): name for name in by_name}
+    prefixes = [""]
+    for path in (folder.absolute(), folder.resolve()):
+        prefixes.append(f"{path}/")
+        for parent in path.parents:
+            prefixes.append(f"{path.relative_to(parent)}/")
+    meant = strip_prefixes(table, by_name, prefixes)
+    if not meant:
+        meant = strip_prefixes(table, by_name, [find_root(table, by_name)])
     matched, missing = {}, []
     for name, texts in table.items():
-        picture = by_name.get(spelled[name])
-        for prefix in prefixes:
-            picture = picture or by_name.get(spelled[name].removeprefix(prefix))
-        near = by_stem.get(PurePosixPath(spelled[name]).stem.lower())
-        if picture:
-            matched.setdefault(picture, []).extend(texts)
-        elif near:
-            missing.append((name, f"no such picture; near: {near}"))
+        near = by_stem.get(PurePosixPath(spell(name)).stem.lower(), "none")
+        if name in meant:
+            matched.setdefault(meant[name], []).extend(texts)
         else:
-            missing.append((name, "no such picture"))
+            missing.append((name, f"no such picture; near: {near}"))
     return matched, missing
 
 
-def _find_prefixes(names, by_name, folder):
-    """What stands before the pictures' names in a table, with "/" at the end."""
-    found = set()
+def spell(name):
+    """One spelling: macOS stores accents apart, Windows writes backslashes."""
+    return normalize("NFC", name).replace("\\", "/")
+
+
+def strip_prefixes(names, by_name, prefixes):
+    """{name: its picture} of the names that are a picture's behind one of the prefixes."""
+    found = {}
     for name in names:
-        parts = name.split("/")
+        for prefix in prefixes:
+            picture = by_name.get(spell(name).removeprefix(prefix))
+            if picture:
+                found.setdefault(name, picture)
+    return found
+
+
+def find_root(names, by_name):
+    """The one absolute path that stands before pictures' names, with "/"; "" if in doubt."""
+    roots = set()
+    for name in names:
+        parts = spell(name).split("/")
+        if parts[0] and not parts[0].endswith(":"):  # relative
+            continue
         for i in range(1, len(parts)):
-            if name not in by_name and "/".join(parts[i:]) in by_name:
-                found.add("/".join(parts[:i]) + "/")
-    here = [f"/{path.as_posix()}/" for path in (folder.absolute(), folder.resolve())]
-    own = {prefix for prefix in found for path in here if path.endswith(f"/{prefix}")}
-    if own:
-        return own
-    roots = []
-    for prefix in sorted(found):  # /a/ stands before /a/b/, which /a/ explains
-        absolute = re.match("/|[A-Za-z]:/", prefix)
-        if absolute and not any(prefix.startswith(root) for root in roots):
-            roots.append(prefix)
-    return roots if len(roots) == 1 else []
+            if "/".join(parts[i:]) in by_name:
+                roots.add("/".join(parts[:i]) + "/")
+    root = min(roots, key=len, default="")  # /a/ stands before /a/b/, which it explains
+    return root if all(other.startswith(root) for other in roots) else ""

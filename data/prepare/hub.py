@@ -1,7 +1,7 @@
 """Files of a data set on the Hugging Face hub, through the library huggingface_hub.
 
-What the library knows works here: HF_TOKEN for a set that wants an account, HF_ENDPOINT for a
-mirror. It goes on with files that were cut, waits where the hub asks it to, and checks sizes.
+The library reads HF_TOKEN (a set that wants an account) and HF_ENDPOINT (a mirror), goes on
+with files that were cut, waits where the hub asks it to, and checks sizes.
 """
 import contextlib
 from pathlib import Path
@@ -11,7 +11,7 @@ def dataset_name(address):
     """"https://huggingface.co/datasets/OWNER/NAME", or "OWNER/NAME" itself -> "OWNER/NAME"."""
     name = address.rstrip("/").rpartition("/datasets/")[2]
     if name.count("/") != 1 or ":" in name:
-        raise ValueError(f"{address}: no data set; write OWNER/NAME, or "
+        raise ValueError(f"{address}: no folder and no data set; write OWNER/NAME, or "
                          "https://huggingface.co/datasets/OWNER/NAME")
     return name
 
@@ -21,16 +21,12 @@ def list_files(name):
     with one_line(f"data set {name} on the hub"):
         from huggingface_hub import HfApi
         info = HfApi().dataset_info(name, files_metadata=True, timeout=60)
-    sizes = {}
-    for file in info.siblings:
-        sizes[file.rfilename] = file.size
-    return info.sha, sizes
+    return info.sha, {file.rfilename: file.size for file in info.siblings}
 
 
 def fetch_file(name, commit, path, folder, progress=True):
-    """Fetch one file into folder/path, unless it is there already; returns its Path.
+    """Fetch one file into folder/path, unless this commit's is there; returns its Path.
 
-    commit: as list_files gave it; a file that was fetched of this commit costs no request.
     progress: whether the library draws its bar. Raises ValueError.
     """
     with one_line(f"data set {name} on the hub, {path}"):
@@ -52,5 +48,4 @@ def one_line(what):
     try:
         yield
     except (errors.HTTPError, OSError, ValueError) as error:  # HTTPError: nobody answers
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{what}: {reason}") from None
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from None

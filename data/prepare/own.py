@@ -5,20 +5,10 @@
     python -m data.prepare.own IMAGES TARGET --captions=names          # birds/owl_2.png
     python -m data.prepare.own FILE.parquet TARGET                     # which holds both
 
-IMAGES is searched with its subfolders, links included. data/prepare/captions.py says what a
-table may look like; its files are relative to IMAGES, and several rows of a file are several
-captions, of which training draws one. "beside" takes the first line; with --lines=all each
-line is a caption, with --lines=one the whole file is. "names" makes "owl, birds" of
-birds/owl_2.png. Equal pictures become one pair with the captions of all.
-
-Pictures whose short side exceeds --short_side are shrunk to it and stored as JPEG; smaller
-JPEG, PNG and WebP files are stored as they are. --held_out=0.05 puts that share into
-TARGET/held_out, chosen by a hash of the file's name: it stays out whatever you add.
-
-TARGET gets NAME-00000.tar ... (NAME: --name, else the folder's own), so several packs can share
-it. NAME.json counts pictures = pairs + held out + skipped by reason; NAME.skipped.tsv names
-each skipped file. Nothing appears in TARGET before everything is done. Memory: the captions and
-8 pictures a process.
+IMAGES is searched with its subfolders, links included; captions.py has the forms of tables.
+Equal pictures become one pair. Smaller JPEG, PNG and WebP files are stored as they are. TARGET
+gets NAME-00000.tar ... when all is done; NAME.json, where pictures = pairs + held out + skipped
+by reason; and NAME.skipped.tsv, which names each skipped file.
 """
 import glob
 import hashlib
@@ -34,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from configs import load_config
+from configs import check_ranges, load_config
 from data.images import BadImage, load_rgb, open_image
 from data.log import Progress, run_main
 from data.prepare import captions as tables
@@ -42,26 +32,20 @@ from data.prepare.tars import in_order, write_shards
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # formats that are stored as they are
-BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # what ends a line somewhere
 
 
 @dataclass
 class Config:
     captions: str = ""       # a table's file, "beside" or "names"
-    columns: str = ""        # FILE,CAPTION: a table's columns, where they have unusual names
     lines: str = "first"     # of a text beside a picture: first, all (a caption each), or one
     name: str = ""           # first part of the shards' names; default: IMAGES' name
-    held_out: float = 0.0    # share of the pairs, 0 to 1
+    held_out: float = 0.0    # share of the pairs; by name alone, so it stays as others come
     short_side: int = 256    # pixels, at most
-    quality: int = 90        # of the JPEGs
     per_shard: int = 10_000  # pairs
     workers: int = os.cpu_count()  # processes
 
     def check(self):
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out}: must be at least 0 and below 1")
-        if self.lines not in ("first", "all", "one"):
-            raise ValueError(f"lines={self.lines}: must be first, all or one")
+        check_ranges(self, positive=("short_side", "per_shard"), lines=("first", "all", "one"))
 
 
 @dataclass
@@ -74,8 +58,6 @@ class Found:
     others: list = field(default_factory=list)    # (what is no picture, why)
     notes: Counter = field(default_factory=Counter)  # what to know -> how often
 
-
-# ---------------------------------------------------------------------------- pictures
 
 def shrink(data, short_side=256, quality=90):
     """Image bytes -> (kind, bytes) with the shorter side at most `short_side` pixels.
@@ -97,17 +79,16 @@ def shrink(data, short_side=256, quality=90):
     return "jpg", file.getvalue()
 
 
-def prepare_picture(entry, short_side, quality):
+def prepare_picture(entry, short_side):
     """(name, file or its bytes) -> (name, kind, bytes), or (name, None, the reason why not)."""
     name, source = entry
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
-        kind, data = shrink(data, short_side, quality)
+        return name, *shrink(data, short_side)
     except BadImage as error:
         return name, None, error.reason
     except OSError:  # a dangling link, no permission
         return name, None, "unreadable file"
-    return name, kind, data
 
 
 def find_pictures(folder):
@@ -115,49 +96,34 @@ def find_pictures(folder):
 
     Links to folders are followed. Also returns [(folder, why it was not entered)].
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    names, passed = [], []
-    _search(folder, "", (), names, passed)
+    names, passed, errors = [], [], []
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=errors.append):
+        inside = Path(place).relative_to(folder)
+        above = [os.path.realpath(parent) for parent in Path(place).absolute().parents]
+        if os.path.islink(place) and os.path.realpath(place) in above:
+            passed.append((str(inside), "link to a folder that it lies in"))
+            folders.clear()
+            continue
+        for file in files:
+            if Path(file).suffix.lower() in SUFFIXES:
+                names.append((inside / file).as_posix())
+    passed += [(error.filename, "unreadable folder") for error in errors]
     if not names:
-        raise FileNotFoundError(f"{folder}: no picture in it ({', '.join(sorted(SUFFIXES))})")
+        raise FileNotFoundError(f"{folder}: no such folder, or no picture in it "
+                                f"({', '.join(sorted(SUFFIXES))})")
     return sorted(names), passed
-
-
-def _search(folder, place, above, names, passed):
-    """Append folder/place's pictures; above: the real paths of the folders on the way to it."""
-    real = os.path.realpath(folder / place)
-    if real in above:
-        passed.append((place, "link to a folder that it lies in"))
-        return
-    try:
-        entries = list(os.scandir(folder / place))
-    except OSError:
-        passed.append((place, "unreadable folder"))
-        return
-    for entry in entries:
-        name = f"{place}/{entry.name}" if place else entry.name
-        if entry.is_dir():
-            _search(folder, name, (*above, real), names, passed)
-        elif Path(name).suffix.lower() in SUFFIXES:
-            names.append(name)
 
 
 def find_digests(images, names):
     """{name: sha256} of the files that can equal another: those whose size occurs again."""
-    sizes = {}
-    for name in names:
-        if (images / name).is_file() and os.access(images / name, os.R_OK):
-            sizes[name] = (images / name).stat().st_size
-    often = Counter(sizes.values())
+    readable = [name for name in names if os.access(images / name, os.R_OK)]
+    sizes = Counter(os.path.getsize(images / name) for name in readable)
     digests = {}
-    for name, size in sizes.items():
-        if often[size] > 1:
+    for name in readable:
+        if sizes[os.path.getsize(images / name)] > 1:
             digests[name] = hashlib.sha256((images / name).read_bytes()).digest()
     return digests
 
-
-# ---------------------------------------------------------------------------- captions
 
 def find_in_folder(images, config):
     """The pictures of a folder and their captions -> Found."""
@@ -169,7 +135,11 @@ def find_in_folder(images, config):
     elif config.captions == "names":
         found.captions = {name: [tables.caption_of_names(name)] for name in names}
     elif Path(config.captions).is_file():
-        table, found.notes = tables.read_captions(Path(config.captions), config.columns)
+        table = {}
+        for _, name, texts in tables.read_texts(Path(config.captions)):
+            table.setdefault(name, []).extend(texts)
+            if not any(text and text.strip() for text in texts):
+                found.notes["rows without a caption"] += 1
         found.captions, missing = tables.match_names(table, names, images)
         found.others += missing
         without = [name for name in names if name not in found.captions]
@@ -183,7 +153,7 @@ def find_in_folder(images, config):
 def find_in_parquet(file, config):
     """The pictures of a parquet file and their captions -> Found."""
     found = Found([])
-    for name, data, captions in tables.parquet_pictures(file, config.columns):
+    for name, data, captions in tables.parquet_pictures(file):
         found.names.append(name)
         found.captions[name] = captions
         found.digests[name] = hashlib.sha256(data).digest()
@@ -200,12 +170,10 @@ def choose_pairs(found):
         if not captions:
             found.skipped[name] = "empty caption"
             continue
-        for text in captions:
-            if BREAKS.search(text.strip()):
-                found.notes["captions have line breaks inside: written as one line"] += 1
-        original = name
-        if name in found.digests:
-            original = first.setdefault(found.digests[name], name)
+        breaks = [text for text in captions if len(text.strip().splitlines()) > 1]
+        if breaks:
+            found.notes["captions have line breaks inside: written as one line"] += len(breaks)
+        original = first.setdefault(found.digests.get(name, name), name)
         if original != name:
             found.skipped[name] = "same picture again, its captions went to the first"
         kept = pairs.setdefault(original, [])
@@ -221,21 +189,15 @@ def is_held_out(name, share):
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def sources(images, pairs, table, config):
-    """Yield (name, file or its bytes) of the chosen pairs, in their order."""
-    if table:
-        for name, data, _ in tables.parquet_pictures(table, config.columns):
-            if name in pairs:
-                yield name, data
+def samples_of(images, pairs, config, skipped):
+    """Yield write_shards' samples of the chosen pairs; adds what is bad to skipped."""
+    if images.is_file():
+        rows = tables.parquet_pictures(images)
+        entries = ((name, data) for name, data, _ in rows if name in pairs)
     else:
-        for name in pairs:
-            yield name, images / name
-
-
-def samples_of(entries, pairs, config, skipped):
-    """Yield write_shards' samples of (name, file or bytes); adds what is bad to skipped."""
+        entries = ((name, images / name) for name in pairs)
     progress = Progress("packing", len(pairs), "pictures")
-    prepare = partial(prepare_picture, short_side=config.short_side, quality=config.quality)
+    prepare = partial(prepare_picture, short_side=config.short_side)
     for number, (name, kind, data) in enumerate(in_order(prepare, entries, config.workers)):
         progress.add()
         if kind is None:
@@ -245,40 +207,24 @@ def samples_of(entries, pairs, config, skipped):
         yield f"{number:07d}_{readable}", kind, data, pairs[name]
 
 
-def find_table(images, config):
-    """The parquet file that holds the pictures themselves, or None for a folder of pictures."""
-    table = images if images.suffix == ".parquet" else Path(config.captions)
-    if not table.is_file() or not tables.picture_column(table):
-        return None
-    if table != images:
-        names = []
-        _search(images, "", (), names, [])
-        if names:
-            raise ValueError(f"{table} holds pictures itself, {images} others: give {table} as "
-                             "IMAGES, to pack it alone")
-    return table
-
-
 def pack(images, target, config):
     """Pack as the settings say; returns the report that NAME.json gets."""
     name = config.name or images.resolve().name.removesuffix(".parquet")
     if any(target.rglob(f"{glob.escape(name)}-[0-9]*.tar")):
         raise ValueError(f"{target} has {name}-*.tar already: to add new pictures, pack them "
                          "alone under another --name; to pack all anew, remove these")
-    table = find_table(images, config)
-    found = find_in_parquet(table, config) if table else find_in_folder(images, config)
+    find = find_in_parquet if images.is_file() else find_in_folder
+    found = find(images, config)
     pairs = choose_pairs(found)
     draft = target / f"{name}.unfinished"
     shutil.rmtree(draft, ignore_errors=True)  # of an interrupted run
     draft.mkdir(parents=True)
     report = {"pictures": len(found.names)}
-    for part, place in (("pairs", draft), ("held_out", draft / "held_out")):
-        held = part == "held_out"
+    for part, place in (("pairs", "."), ("held_out", "held_out")):
         chosen = {picture: captions for picture, captions in pairs.items()
-                  if is_held_out(picture, config.held_out) == held}
-        entries = sources(images, chosen, table, config)
-        samples = samples_of(entries, chosen, config, found.skipped)
-        report[part] = write_shards(place, samples, config.per_shard)
+                  if is_held_out(picture, config.held_out) == (part == "held_out")}
+        samples = samples_of(images, chosen, config, found.skipped)
+        report[part] = write_shards(draft / place, samples, config.per_shard)
     for shard in sorted(draft.rglob("*.tar")):
         place = target / shard.relative_to(draft).parent
         place.mkdir(exist_ok=True)
@@ -286,23 +232,21 @@ def pack(images, target, config):
     shutil.rmtree(draft)
     write_report(target / name, report, found, config)
     if not report["pairs"] and not report["held_out"]:
-        first = [*found.others, *found.skipped.items()][0]
-        raise ValueError(f"{images}: nothing could be packed ({first[0]}: {first[1]}); "
-                         f"{target}/{name}.skipped.tsv has a reason for each file")
+        raise ValueError(f"{images}: nothing could be packed; {target / name}.skipped.tsv says "
+                         "why, file by file")
     return report
 
 
 def write_report(path, report, found, config):
     """Complete the report and write path.json and path.skipped.tsv."""
-    report["skipped"] = dict(Counter(found.skipped.values()).most_common())
-    kinds = [reason.partition(";")[0] for _, reason in found.others]
-    report["no pictures"] = dict(Counter(kinds))
-    report["notes"] = dict(found.notes)
+    report["skipped"] = Counter(found.skipped.values())
+    report["no pictures"] = Counter(reason.partition(";")[0] for _, reason in found.others)
+    report["notes"] = found.notes
     report["settings"] = asdict(config)
-    path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    lines = [f"{name}\t{reason}\n" for name, reason in [*found.skipped.items(), *found.others]]
-    table = path.with_name(f"{path.name}.skipped.tsv")
-    table.write_text("".join(sorted(lines)), errors="surrogateescape")
+    Path(f"{path}.json").write_text(json.dumps(report, indent=2) + "\n")
+    reasons = [*found.skipped.items(), *found.others]
+    lines = sorted(f"{name}\t{reason}\n" for name, reason in reasons)
+    Path(f"{path}.skipped.tsv").write_text("".join(lines), errors="surrogateescape")
 
 
 def main(argv=None):

@@ -3,16 +3,13 @@
     python -m data.prepare.yfcc15m SOURCE TARGET --vocabulary=data/clip.tiktoken
 
 SOURCE: Kaichengalex/YFCC15M on the Hugging Face hub (or its address), or a folder of .parquet
-files. It takes `pip install huggingface_hub pyarrow`. TARGET gets one tar a parquet file, of
-the same name, with pictures at a short side of 256 (JPEG, quality 90) and captions as text;
-TARGET/done/NAME.json when the tar is complete, and report.json, the sum of these. A stopped run
-goes on at the files that are not done; its tars equal those of an uninterrupted run.
+files. TARGET gets a tar a parquet file, of the same name, done/NAME.json when it is complete,
+and report.json, the sum of these. A stopped run goes on; its tars equal an uninterrupted run's.
 
 Columns: `images`, the bytes of an image file, and `texts`, k x 77 CLIP token ids: k captions,
 each start, words, end, zeros. A caption is decoded and encoded again, and counted where the ids
-differ (cut within a word, say). A file in which more than a tenth of the rows is skipped or
-differs fails: then vocabulary or data are not what they should be. Scratch: 0.75 GB a process
-while a file is fetched and converted, in TARGET/fetched.
+differ. A file of which more than a tenth is skipped or differs fails. It takes `pip install
+huggingface_hub pyarrow` and, in TARGET/fetched, 0.75 GB of scratch a process.
 """
 import functools
 import importlib.util
@@ -26,17 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from configs import load_config
-from data.images import BadImage
 from data.log import Progress, run_main
+from data.prepare.captions import parquet_rows
 from data.prepare.hub import dataset_name, fetch_file, list_files
 from data.prepare.own import shrink
 from data.prepare.tars import in_order, write_tar
 from data.text import Tokenizer
 
-FILES, ROWS = 1_507, 15_061_515  # of the release (its data card)
 CONTEXT = 77                     # ids a caption
 MAX_BAD = 0.1                    # share of a file's rows
-EXAMPLES = 5                     # rows named for each reason in done/NAME.json
 DIFFERENT = "captions that encode differently"
 
 
@@ -47,68 +42,57 @@ class Config:
     workers: int = min(8, os.cpu_count())   # processes
 
 
-class BadRow(ValueError):
-    """A row, or a caption of it, that cannot be used: str() is a reason that can be counted."""
-
-
-@functools.cache
-def tokenizer_of(path):
-    """One tokenizer a process: building CLIP's takes a second."""
-    return Tokenizer(path)
+tokenizer_of = functools.cache(Tokenizer)  # one a process: building CLIP's takes a second
 
 
 def read_caption(ids, tokenizer):
-    """(77,) ids -> (text, whether encoding it gives these ids again). Raises BadRow."""
+    """(77,) ids -> (text, whether encoding it gives these ids again). Raises ValueError."""
     if ids.min() < 0 or ids.max() > tokenizer.end:
-        raise BadRow("token id out of range")
+        raise ValueError("token id out of range")
     if ids[0] != tokenizer.start:
-        raise BadRow("wrong first token id")
+        raise ValueError("wrong first token id")
     ends = np.flatnonzero(ids == tokenizer.end)
     end = ends[0] if len(ends) else CONTEXT  # an early tokenizer cut captions without an end
     if ids[end + 1:].any():
-        raise BadRow("token ids after the end")
+        raise ValueError("token ids after the end")
     words = ids[1:end].tolist()
     text = " ".join(tokenizer.decode(words).split())  # a caption is one line of a shard
     if not text:
-        raise BadRow("empty caption")
+        raise ValueError("empty caption")
     return text, tokenizer.encode([text])[0] == words
 
 
 def read_captions(ids, tokenizer, counts):
-    """A row's ids (k * 77) -> its captions. Bad ones of several are counted; raises BadRow."""
+    """A row's ids (k * 77) -> its captions; bad ones of several are counted.
+
+    Raises ValueError if none is good.
+    """
     if not ids or len(ids) % CONTEXT:
-        raise BadRow("token row is not k x 77 ids")
+        raise ValueError("token row is not k x 77 ids")
     if None in ids:
-        raise BadRow("token id missing")
+        raise ValueError("token id missing")
     table = np.array(ids).reshape(-1, CONTEXT)                       # (k, 77)
     captions, dropped = [], []
     for row in table[table.any(1)]:  # rows of zeros fill up where others have more captions
         try:
             text, same = read_caption(row, tokenizer)
-        except BadRow as error:
+            captions.append(text)
+            counts["captions"] += 1
+            counts[DIFFERENT] += not same
+        except ValueError as error:
             dropped.append(str(error))
-            continue
-        captions.append(text)
-        counts["captions"] += 1
-        counts[DIFFERENT] += not same
     if not captions:
-        raise BadRow(dropped[0] if dropped else "empty caption")
-    for reason in dropped:
-        counts[f"dropped caption: {reason}"] += 1
+        raise ValueError(dropped[0] if dropped else "empty caption")
+    counts.update(f"dropped caption: {reason}" for reason in dropped)
     return captions
 
 
 def read_rows(path):
-    """Yield (image bytes, list of ids) of a parquet file, with a few dozen rows in memory."""
-    from pyarrow import parquet
-    # Streamed: a row group can be the whole file, and then 714 MB of it took 0.97 GB, now 0.3
-    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-        if columns.get("images") not in ("binary", "large_binary") or "texts" not in columns:
-            raise ValueError(f"columns are {columns}, must be images (binary) and texts (ids)")
-        for batch in file.iter_batches(batch_size=32, columns=["images", "texts"]):
-            for row in batch.to_pylist():
-                yield row["images"], row["texts"]
+    """Yield (image bytes, list of ids) of a parquet file."""
+    for row in parquet_rows(path):
+        if not {"images", "texts"} <= row.keys():
+            raise ValueError(f"columns are {', '.join(row)}, must be images and texts")
+        yield row["images"], row["texts"]
 
 
 def members(rows, name, tokenizer, counts, skipped):
@@ -118,25 +102,24 @@ def members(rows, name, tokenizer, counts, skipped):
         try:
             captions = read_captions(ids, tokenizer, counts)
             kind, data = shrink(image or b"", short_side=256, quality=90)
-        except (BadRow, BadImage) as error:
+        except ValueError as error:  # BadImage is one
             skipped.setdefault(str(error), []).append(number)
             continue
         counts["pairs"] += 1
         key = f"{name.replace('.', '_')}_{number:06d}"
         yield f"{key}.{kind}", data
         yield f"{key}.txt", "".join(f"{caption}\n" for caption in captions).encode()
-    reasons = {reason: len(numbers) for reason, numbers in skipped.items()}
-    reasons[DIFFERENT] = counts[DIFFERENT]
-    if sum(reasons.values()) > MAX_BAD * counts["rows"]:  # raised here, the tar never appears
-        raise ValueError(f"too much is wrong in {counts['rows']:,} rows: {reasons}; is the "
-                         "vocabulary CLIP's?")
+    bad = counts["rows"] - counts["pairs"] + counts[DIFFERENT]
+    if bad > MAX_BAD * counts["rows"]:  # raised here, the tar never appears
+        reasons = {reason: len(numbers) for reason, numbers in skipped.items()}
+        raise ValueError(f"too much is wrong in {counts['rows']:,} rows: {reasons}, "
+                         f"{counts[DIFFERENT]} {DIFFERENT}; is the vocabulary CLIP's?")
 
 
 def convert_file(file, fetch, target, vocabulary):
-    """One parquet file -> target/NAME.tar and done/NAME.json.
+    """One parquet file, which fetch makes a local Path of -> target/NAME.tar, done/NAME.json.
 
-    fetch makes a local Path of `file` (find_sources). Returns None, or what went wrong as a
-    str: other files can still be converted.
+    Returns None, or what went wrong as a str: other files can still be converted.
     """
     name, counts, skipped, path = Path(file).stem, Counter(), {}, None
     try:
@@ -148,44 +131,36 @@ def convert_file(file, fetch, target, vocabulary):
     finally:
         if path and fetch is not Path:
             path.unlink()
-    counts["skipped"] = {reason: len(numbers) for reason, numbers in skipped.items()}
-    counts["examples"] = {reason: numbers[:EXAMPLES] for reason, numbers in skipped.items()}
     part = target / "done" / f"{name}.part"
-    part.write_text(json.dumps(counts, indent=2) + "\n")
+    part.write_text(json.dumps({**counts, "skipped": skipped}, indent=2) + "\n")
     os.replace(part, part.with_suffix(".json"))
 
 
 def find_sources(source, scratch):
-    """The parquet files of a folder or a data set, sorted, and what makes a local Path of one.
-
-    scratch: folder that fetched files go to.
-    """
+    """The parquet files of a folder or data set, sorted; what makes a local Path of one."""
     if Path(source).is_dir():
         files, fetch = list(Path(source).rglob("*.parquet")), Path
-    elif "://" in source or source.count("/") == 1:
+    else:
         name = dataset_name(source)
         commit, sizes = list_files(name)
         files = [path for path in sizes if path.endswith(".parquet")]
         fetch = functools.partial(fetch_file, name, commit, folder=scratch, progress=False)
-    else:
-        raise FileNotFoundError(f"{source}: no such folder")
-    if not files:
-        raise FileNotFoundError(f"{source}: no .parquet file in it")
-    for name, times in Counter(Path(file).stem for file in files).items():
-        if times > 1:
-            raise ValueError(f"{source}: {name}.parquet is there {times} times; shards are "
-                             "named after the files")
+    names = {Path(file).stem for file in files}
+    if not files or len(names) < len(files):
+        raise ValueError(f"{source}: needs .parquet files, each of another name, as shards are "
+                         f"named after them; has {len(files)} files of {len(names)} names")
     return sorted(files, key=lambda file: Path(file).stem), fetch
 
 
 def sum_up(target):
     """Add up target/done/*.json, write target/report.json and return it."""
-    total = Counter(files=0)
+    total = Counter()
     for path in sorted((target / "done").glob("*.json")):
         done = json.loads(path.read_text())
         total["files"] += 1
-        total.update({key: value for key, value in done.items() if isinstance(value, int)})
-        total.update({f"skipped: {reason}": n for reason, n in done["skipped"].items()})
+        for reason, numbers in done.pop("skipped").items():
+            total[f"skipped: {reason}"] += len(numbers)
+        total.update(done)
     (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
     return total
 
@@ -218,7 +193,6 @@ def main(argv=None):
 
     for key, number in sum_up(target).items():
         print(f"{number:>14,}  {key}")
-    print(f"The release has {ROWS:,} rows in {FILES:,} files.")
     if failed:
         raise ValueError(f"{len(failed)} of {len(files)} files failed, the first: {failed[0]}; "
                          "the same command tries them again")
