@@ -207,7 +207,7 @@ def load_run(path, whole, optimizer, state, config):
 
 def main(argv=None):
     # ---- 1. settings
-    config, _ = load_config(Config, globals(), argv, files=False)
+    config, _ = load_config(Config, globals(), argv, files=0)
     out = pathlib.Path(config.out_dir)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("perceptual_init.py trains on one device; start it without torchrun")

@@ -315,7 +315,7 @@ def save(names, config, content):
 
 def main(argv=None):
     # ---- 1. settings and ranks
-    config, _ = load_config(Config, globals(), argv, files=False)
+    config, _ = load_config(Config, globals(), argv, files=0)
     ranks, newest = Ranks(), os.path.join(config.out_dir, "ckpt.pt")
     b = ranks.share(config.batch_size)
     micro = config.micro_batch or b

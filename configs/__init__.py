@@ -51,13 +51,13 @@ def replaced_functions():
     return {name: _script[name].__module__ for name in _replaced}
 
 
-def load_config(Config, script, argv=None, files=True):
+def load_config(Config, script, argv=None, files=99):
     """Resolve defaults, recipes and --key=value into one Config.
 
     Config: dataclass of settings; its check(), if any, raises ValueError("field=...: why").
     script: globals() of the calling script; functions of recipes are put there.
     argv: list of arguments, by default the command line's.
-    files: False if the script takes recipes only and no other positional arguments.
+    files: how many positional arguments the script takes at most, beside recipes.
     Returns (config, other positional arguments). Raises ValueError or FileNotFoundError.
     """
     global _script
@@ -66,8 +66,9 @@ def load_config(Config, script, argv=None, files=True):
         print(f"{(script['__doc__'] or '').strip()}\n\n{inspect.getsource(Config).strip()}")
         raise SystemExit(0)
     script_name = Path(script["__file__"]).name
-    if others and not files:
-        raise ValueError(f"{others[0]}: {script_name} takes recipes (*.py) and --key=value")
+    if len(others) > files:
+        raise ValueError(f"{others[files]}: is one argument too many for {script_name}; settings "
+                         "are written --key=value (--help lists them)")
     _script.update(_replaced)  # an earlier run in this process gives its functions back
     _script = script
     _replaced.clear()

@@ -125,6 +125,11 @@ def test_a_function_of_the_recipe_replaces_the_scripts(tmp_path):
     assert script["lr_at"](0, None) == 1.0  # a second run in the process starts afresh
 
 
+def test_an_argument_too_many_is_named(tmp_path):
+    with pytest.raises(ValueError, match="b: is one argument too many"):
+        configs.load_config(Config, dict(globals()), ["a", "b"], files=1)
+
+
 def test_positional_arguments_that_are_no_recipe_come_back(tmp_path):
     assert load(tmp_path, "", "out/a/ckpt.pt")[1] == ["out/a/ckpt.pt"]
 

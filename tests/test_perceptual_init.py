@@ -505,7 +505,7 @@ def test_post_hoc_resumes_bit_for_bit(arguments, tmp_path, clip_file):
     ("--benchmarks=data", "benchmarks=data: zero-shot needs a CLIP; set init"),
     ("--init=nowhere.pt", "nowhere.pt: no such file"),
     ("--epoch=3", "did you mean epochs"),
-    ("ckpt.pt", "ckpt.pt: perceptual_init.py takes recipes")])
+    ("ckpt.pt", "ckpt.pt: is one argument too many")])
 def test_bad_settings_are_one_line_and_leave_nothing(arguments, tmp_path, argument, message):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         here(arguments(tmp_path / "run", argument))

@@ -197,7 +197,7 @@ def fashion_mnist(folder, target):
 
 
 def main(argv=None):
-    config, others = load_config(Config, globals(), argv)
+    config, others = load_config(Config, globals(), argv, files=3)
     command = others[0] if others else ""
     if command in ("folders", "fashion-mnist"):
         if len(others) != 3:

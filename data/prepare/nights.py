@@ -75,7 +75,7 @@ def check(folder, counts):
 
 
 def main(argv=None):
-    config, others = load_config(Config, globals(), argv)
+    config, others = load_config(Config, globals(), argv, files=1)
     folder = Path(others[0] if others else "data/nights")
     archive = Path(config.zip) if config.zip else folder / "nights.zip"
     if not (folder / "data.csv").exists():

@@ -568,7 +568,7 @@ def draw_world(config, folder):
 
 
 def main(argv=None):
-    config, _ = load_config(Config, globals(), argv, files=False)
+    config, _ = load_config(Config, globals(), argv, files=0)
     out = pathlib.Path(config.out)
     world = dataclasses.asdict(config) | {"out": "", "processes": 0}  # these change no byte
     if out.exists():

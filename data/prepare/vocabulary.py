@@ -73,7 +73,7 @@ def tiktoken_text(merges):
 
 
 def main(argv=None):
-    config, others = load_config(Config, globals(), argv)
+    config, others = load_config(Config, globals(), argv, files=1)
     target = Path(others[0] if others else "data/clip.tiktoken")
     source = config.merges or published_merges()
     text = tiktoken_text(read_merges(source))

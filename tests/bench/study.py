@@ -158,7 +158,7 @@ def draw_curves(out):
 
 
 def main(argv=None):
-    config, _ = load_config(Config, globals(), argv, files=False)
+    config, _ = load_config(Config, globals(), argv, files=0)
     run_all(config)
     compare(config)
     text = stage_1_table(config)
