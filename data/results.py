@@ -101,15 +101,14 @@ def units(seeds, metric):
 def paired_draws(hits_a, hits_b, metric, key, draws=DRAWS):
     """B bootstrap values (B,) of metric(b) - metric(a) on the same samples; None without hits.
 
-    hits_a, hits_b: one set's hits of each seed.  key: the draw's name; the same, the same draw.
-    Mean per-class recall draws within each class and is the mean over classes.
+    hits_a, hits_b: one set's hits of each seed.  key: the draw's name, so that it is repeatable.
     """
     if not hits_a[0] or not hits_b[0]:  # average precision is no mean over samples
         return None
     right_a, whole = units(hits_a, metric)                                  # (u,p) each
     right_b, whole = units(hits_b, metric)
     table = np.hstack([right_a, right_b, whole])                            # (u,3p)
-    classes = np.zeros(len(table))
+    classes = np.zeros(len(table))  # the recall per class draws within each class
     if metric == "mean_per_class_recall":
         classes = hits_a[0]["labels"]
     rng = np.random.default_rng(zlib.crc32(f"{key}/{metric}".encode()))
@@ -504,9 +503,6 @@ def draw_scaling(scaling, path):
         axis.legend(fontsize=7)
     figure.supxlabel(scaling["caveat"], fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-# ------------------------------------------------------------------------------ main
 
 
 def read_arms(arguments):

@@ -531,6 +531,27 @@ def test_foreign_weights_are_compared_but_have_no_curve(tmp_path):
     assert list(json.loads((out / "scaling.json").read_text())["curves"]["x"]) == ["ours"]
 
 
+def test_the_list_is_that_of_the_evaluation_and_wins_are_printed(tmp_path, capsys):
+    for name, value in (("a", 0.3), ("b", 0.5)):
+        result, hits = run(name, {"sun397": value})
+        results.write_result(tmp_path / name, {**result, "list": "plan"}, hits)
+    results.main([str(tmp_path / "a.json"), str(tmp_path / "b"), f"--out={tmp_path}/out"])
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["list"] == [row.sets[0] for row in LISTS["plan"]]
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.split("\n")]
+    assert next(row for row in rows if row[1:3] == ["b", "top-1"])[3:9] == list("110010")
+    assert next(row for row in rows if row[1:2] == ["SUN397"])[3] == "100"
+
+
+def test_an_arm_may_be_given_in_parts_and_one_without_milestones_has_no_curve(tmp_path):
+    first, second = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.5, samples=2000)
+    other = written(tmp_path, "c", 0.4, samples=2000)
+    out = tmp_path / "out"
+    results.main([f"x={first}", f"x={second}", f"y={other}", f"--out={out}"])
+    assert list(json.loads((out / "comparison.json").read_text())["arms"]) == ["x", "y"]
+    assert list(json.loads((out / "scaling.json").read_text())["curves"]["x"]) == ["x"]
+
+
 def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
     a, b = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.4)
     for arguments, message in (
