@@ -101,7 +101,7 @@ def units(seeds, metric):
 def paired_draws(hits_a, hits_b, metric, key, draws=DRAWS):
     """B bootstrap values (B,) of metric(b) - metric(a) on the same samples; None without hits.
 
-    hits_a, hits_b: one set's hits of each seed.  key: the draw's name, so that it is repeatable.
+    hits_a, hits_b: one set's hits of each seed.  key: the draw's name, to repeat it.
     """
     if not hits_a[0] or not hits_b[0]:  # average precision is no mean over samples
         return None
@@ -491,15 +491,17 @@ def draw_scaling(scaling, path):
         axis = figure.add_subplot(rows, 3, number)
         axis.set(title=group, xscale="log", xlabel="samples seen", ylabel="main metric, %")
         for color, (arm, curve) in enumerate(scaling["curves"][group].items()):
-            fit, x = curve["fit"], np.array(curve["fitted"], float)
+            fit, label = curve["fit"], arm
             if fit:
+                label += f": {fit_cell(fit)}"
+                x = np.array(curve["fitted"], float)
                 axis.plot(x, 100 * fit["factor"] * x ** fit["exponent"], f"--C{color}")
             points = []
             for point in curve["points"]:
                 points.append([point["samples"], point["mean"], point["sd"] or 0])
             samples, means, deviations = np.array(points).T  # (points,) each
             axis.errorbar(samples, 100 * means, 100 * deviations, fmt=f"o-C{color}",
-                          label=f"{arm}: {fit_cell(fit)}")
+                          label=label)
         axis.legend(fontsize=7)
     figure.supxlabel(scaling["caveat"], fontsize=8)
     figure.savefig(path, dpi=120)
@@ -530,18 +532,21 @@ def read_arms(arguments):
 
 
 def report(arms, rows, out):
-    """Compare the newest results, draw curves of arms with milestones; write to out, print."""
-    newest = []
+    """Compare the newest results, draw the curves of milestones; write to out and print."""
+    newest, trained, several = [], [], False
     for arm in arms:
         newest.append({"name": arm["name"], "runs": [seed[-1] for seed in arm["seeds"]]})
+        several = several or any(len(seed) > 1 for seed in arm["seeds"])
+        first, _ = arm["seeds"][0][0]
+        if first["samples"] is not None:  # of foreign weights nobody tells
+            trained.append(arm)
     comparison = compare(newest, rows)
     os.makedirs(out, exist_ok=True)
     write_json(f"{out}/comparison.json", comparison)
     write_text(f"{out}/comparison.md", markdown(comparison, rows))
     print(markdown(comparison, rows))
-    with_milestones = [arm for arm in arms if len(arm["seeds"][0]) > 1]
-    if with_milestones:
-        curves = scaling(with_milestones)
+    if several:
+        curves = scaling(trained)
         write_json(f"{out}/scaling.json", curves)
         write_text(f"{out}/scaling.md", scaling_markdown(curves))
         print(scaling_markdown(curves))

@@ -543,13 +543,14 @@ def test_the_list_is_that_of_the_evaluation_and_wins_are_printed(tmp_path, capsy
     assert next(row for row in rows if row[1:2] == ["SUN397"])[3] == "100"
 
 
-def test_an_arm_may_be_given_in_parts_and_one_without_milestones_has_no_curve(tmp_path):
+def test_an_arm_may_be_given_in_parts_and_one_without_milestones_is_a_point(tmp_path):
     first, second = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.5, samples=2000)
     other = written(tmp_path, "c", 0.4, samples=2000)
     out = tmp_path / "out"
     results.main([f"x={first}", f"x={second}", f"y={other}", f"--out={out}"])
     assert list(json.loads((out / "comparison.json").read_text())["arms"]) == ["x", "y"]
-    assert list(json.loads((out / "scaling.json").read_text())["curves"]["x"]) == ["x"]
+    curves = json.loads((out / "scaling.json").read_text())["curves"]["x"]
+    assert [len(curves[name]["points"]) for name in ("x", "y")] == [2, 1]
 
 
 def test_what_cannot_be_compared_is_refused_by_name(tmp_path):
