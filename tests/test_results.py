@@ -373,6 +373,8 @@ def test_samples_to_a_score_are_read_between_points_on_a_log_axis():
     assert results.samples_to_reach(points, 0.2) == pytest.approx(1000)
     assert results.samples_to_reach(points, 0.05) == 100
     assert results.samples_to_reach(points, 0.4) is None
+    untrained = {"samples": 0, "mean": 0.1}  # no place on a log axis
+    assert results.samples_to_reach([untrained, points[1]], 0.2) == 10_000
 
 
 def milestones(name, values, **more):
