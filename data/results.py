@@ -1,46 +1,37 @@
-"""Result files of evaluations, and what can honestly be said when runs are compared.
+"""Compares runs by their result files: paired intervals, wins, means of families, curves.
 
     python -m data.results base=out/b0.json,out/b1.json pi=out/p0.json,out/p1.json --out=out/x
 
-An argument is an arm: NAME=FILES, results of evaluate.py with commas between. A file alone is
-an arm called like its run. Differences are to the first arm. Results of an arm with the same
-seed are milestones of one run: the newest of each seed is compared, all make the curves.
-A result without a seed, as of foreign weights, is a run of its own. Writes comparison.json
-and .md and, where there are milestones, scaling.json, .md and .png.
+An argument is an arm, NAME=FILES; a file alone is an arm called like its run. Differences are
+to the first. Results of one seed are milestones of one run: the newest is compared, all make
+its curve. Results without a seed, as of foreign weights, are runs of their own. Writes
+comparison.json and .md and, if there are milestones, scaling.json, .md and .png.
 
-A result is <name>.json: run, checkpoint, sha256, step, samples, seed, precision, "missing" rows
-and "tasks": {set: {"family", "main", "metrics": {name: 0..1 or None}, "n", ...}}. Beside it
-<name>.npz keeps each sample's hits as "set/metric": with them two runs can be compared sample
-by sample, also later and on another machine.
-
-Intervals are 95 %. Letters: n samples, u units drawn anew, p parts of a metric, B draws.
+evaluate.py writes a result as <name>.json, with each sample's hits in <name>.npz.
+Letters: n samples, u units drawn anew, p parts of a metric, B draws.
 """
 import json
 import math
 import os
-import textwrap
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 
+from configs import load_config  # before torch: see there
 import numpy as np
 
-from configs import load_config
+from data.benchmarks import LISTS
 from data.log import run_main
 
 FORMAT = "perceptual-clip results 1"
 DRAWS = 2000  # bootstrap draws: the ends of an interval then jitter by about 3 % of its width
-SAMPLES_CAVEAT = (
-    "Intervals: 95 %, paired bootstrap over test samples (by class for mean per-class recall, "
-    "images with all their captions for retrieval). The variance between training seeds is not "
-    "in them.")
-SEEDS_CAVEAT = (
-    "± is the standard deviation over seeds; a second interval, after \"seeds\", is Student's "
-    "t over seeds (paired where both arms have the same seeds).")
-SIGN_CAVEAT = (
-    "The sign test counts sets as independent and equal; sets that share images or labels (the "
-    "ImageNet ones) are not, so its p is too small.")
+PUBLISHED = ("acc1", "acc5", "image_retrieval_recall@1", "image_retrieval_recall@5",
+             "text_retrieval_recall@1", "text_retrieval_recall@5")
+CAVEATS = [
+    "Intervals: 95 %, paired bootstrap over test samples; training seeds vary beyond them.",
+    "± is the deviation over seeds; after \"seeds\": Student's t over the seeds of both arms.",
+    "The sign test's p is too small where sets share images or labels (the ImageNet ones)."]
 CURVE_CAVEAT = (
     "Checkpoints of one cosine run are not independent budgets: a run that ends at n samples, "
     "its rate decayed, scores higher than a longer one passing n.")
@@ -49,10 +40,6 @@ CURVE_CAVEAT = (
 @dataclass
 class Config:
     out: str = "out/compared"  # folder of what is written
-    list: str = "code"         # the paper's rows: "code" or "plan", see data/benchmarks.py
-
-
-# ------------------------------------------------------------------------------ files
 
 
 def write_result(path, result, hits):
@@ -61,9 +48,8 @@ def write_result(path, result, hits):
     for name, found in hits.items():
         for metric, array in found.items():
             arrays[f"{name}/{metric}"] = array
-    with open(f"{path}.npz.tmp", "wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(f"{path}.npz.tmp", f"{path}.npz")
+    np.savez_compressed(f"{path}.tmp.npz", **arrays)
+    os.replace(f"{path}.tmp.npz", f"{path}.npz")
     write_json(f"{path}.json", result)  # after its arrays: a task in the JSON has them
 
 
@@ -87,13 +73,11 @@ def read_result(path):
             result = json.load(file)
         if not isinstance(result, dict) or result.get("format") != FORMAT:
             raise ValueError(f"no format={FORMAT!r} in it")
-        with np.load(f"{path}.npz", allow_pickle=False) as arrays:
-            for key in arrays.files:
+        with np.load(f"{path}.npz") as arrays:
+            for key in arrays:
                 name, metric = key.rsplit("/", 1)
                 hits.setdefault(name, {})[metric] = arrays[key]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename}: no such result file") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}.json: not a result of evaluate.py, or not whole ({error}); "
                          "remove it") from None
     return result, hits
@@ -120,48 +104,29 @@ def keep_result(folder, result, hits, rows):
 # ------------------------------------------------------------------------------ intervals
 
 
-def units(hits, metric):
-    """What the bootstrap draws anew: right (u,p) and whole (u,p); None without hits.
-
-    The metric is the mean over its p parts of sum(right) / sum(whole).  hits: one set's arrays.
-    """
+def units(seeds, metric):
+    """What the bootstrap draws anew, (2,u,p): hits, mean over seeds, and number of samples."""
     if metric == "mean_recall@1":
-        image_right, image_whole = units(hits, "image_retrieval_recall@1")  # (u,1)
-        text_right, text_whole = units(hits, "text_retrieval_recall@1")
-        return np.hstack([image_right, text_right]), np.hstack([image_whole, text_whole])
-    if metric not in hits:  # average precision is no mean over samples
-        return None
-    right = hits[metric].astype(float)  # (n,)
-    whole = np.ones(len(right))
+        ways = [units(seeds, f"{way}_retrieval_recall@1") for way in ("image", "text")]
+        return np.concatenate(ways, axis=2)   # two of (2,u,1) -> (2,u,2)
+    unit_of = np.arange(len(seeds[0][metric]))
     if metric.startswith("image_retrieval"):  # an image is drawn with all its captions
-        right = np.bincount(hits["image_of"], weights=right)  # (captions,) -> (images,)
-        whole = np.bincount(hits["image_of"]).astype(float)
-    return right[:, None], whole[:, None]
-
-
-def mean_units(seeds, metric):
-    """`units` of an arm, which is the mean over its seeds: a list of one set's hits."""
-    found = [units(hits, metric) for hits in seeds]
-    if None in found:
-        return None
-    _, whole = found[0]
-    return np.mean([right for right, _ in found], axis=0), whole
+        unit_of = seeds[0]["image_of"]
+    hits = np.mean([np.bincount(unit_of, one[metric]) for one in seeds], axis=0)
+    return np.stack([hits, np.bincount(unit_of)])[:, :, None]
 
 
 def paired_draws(hits_a, hits_b, metric, key, draws=DRAWS):
-    """B bootstrap values (B,) of metric(b) - metric(a) on the same samples drawn anew.
+    """B bootstrap values (B,) of metric(b) - metric(a) on the same samples; None without hits.
 
-    hits_a, hits_b: lists with one set's hits for each seed of an arm.  key: names the draw, so
-    that a comparison can be repeated.  None if the metric has no hits.
-    Mean per-class recall draws within each class and is the mean over classes.
+    hits_a, hits_b: one set's hits of each seed.  key: the draw's name, to repeat it.
     """
-    units_a, units_b = mean_units(hits_a, metric), mean_units(hits_b, metric)
-    if units_a is None or units_b is None:
+    if not hits_a[0] or not hits_b[0]:  # average precision is no mean over samples
         return None
-    right_a, whole = units_a
-    right_b, _ = units_b
+    right_a, whole = units(hits_a, metric)                                  # (u,p) each
+    right_b, whole = units(hits_b, metric)
     table = np.hstack([right_a, right_b, whole])                            # (u,3p)
-    classes = np.zeros(len(table))
+    classes = np.zeros(len(table))  # the recall per class draws within each class
     if metric == "mean_per_class_recall":
         classes = hits_a[0]["labels"]
     rng = np.random.default_rng(zlib.crc32(f"{key}/{metric}".encode()))
@@ -181,8 +146,7 @@ def interval(draws):
     return np.percentile(draws, (2.5, 97.5)).tolist()
 
 
-# 97.5 % points of Student's t for 1 to 30 degrees of freedom, as any table has them. NumPy and
-# the standard library have none, and SciPy would be a fifth package.
+# 97.5 % points of Student's t for 1 to 30 degrees of freedom; SciPy would be a fifth package.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
         2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
         2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -195,31 +159,13 @@ def t975(freedom):
 
 def seed_statistics(values):
     """Mean of one value a seed, with standard deviation and t interval from two seeds on."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return {"mean": mean, "seeds": n, "sd": None, "interval": None}
-    sd = float(np.std(values, ddof=1))
-    half = t975(n - 1) * sd / math.sqrt(n)
-    return {"mean": mean, "seeds": n, "sd": sd, "interval": [mean - half, mean + half]}
+    n, mean, sd, ends = len(values), float(np.mean(values)), None, None
+    if n > 1:
+        sd = float(np.std(values, ddof=1))
+        half = t975(n - 1) * sd / math.sqrt(n)
+        ends = [mean - half, mean + half]
+    return {"mean": mean, "seeds": n, "sd": sd, "interval": ends}
 
-
-def seed_interval(values_a, values_b, paired):
-    """95 % interval of mean(b) - mean(a) over seeds; None below two seeds an arm.
-
-    paired: entry i of both arms has the same seed.  Otherwise Welch's, degrees rounded down.
-    """
-    a, b = np.array(values_a), np.array(values_b)
-    if min(len(a), len(b)) < 2:
-        return None
-    if paired:
-        return seed_statistics(b - a)["interval"]
-    square_a = a.var(ddof=1) / len(a)  # squared standard error of mean(a)
-    square_b = b.var(ddof=1) / len(b)
-    error = math.sqrt(square_a + square_b)
-    below = square_a ** 2 / (len(a) - 1) + square_b ** 2 / (len(b) - 1)
-    half = t975(max(1, error ** 4 // below)) * error if error else 0.0
-    delta = b.mean() - a.mean()
-    return [float(delta - half), float(delta + half)]
 
 
 def sign_test(wins, losses):
@@ -228,88 +174,69 @@ def sign_test(wins, losses):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(few + 1)) / 2 ** n)
 
 
-# ------------------------------------------------------------------------------ comparing arms
-# An arm is {"name", "runs": [(result, hits), ...]}: one run, or one for each seed.
+# ------------------------------------------------------------------------------ comparing
 
 
 def compare(arms, rows=()):
-    """All that is said about arms, as one JSON-able dict; deltas are to the first arm.
+    """All that is said about arms, as one JSON-able dict; only sets that every run has.
 
-    rows: the Rows of the chosen list, in whose order sets are shown and of which K are counted.
-    A set is compared if all arms have it that have any of its type (stage 1 has 2AFC only), in
-    every seed. ValueError where their class names, templates or samples differ.
+    arms: [{"name", "runs": [(result, hits) of each seed]}], the first is the baseline.
+    rows: those of the paper's list.
     """
-    tasks, origins = {}, {}
-    found, types = Counter(), set()
+    origins, tasks, found = {}, {}, Counter()
     about = ("run", "checkpoint", "sha256", "step", "samples", "seed", "precision")
     for arm in arms:
         origins[arm["name"]] = []
         for result, _ in arm["runs"]:
             origins[arm["name"]].append({key: result.get(key) for key in about})
-            for name, task in result["tasks"].items():
-                tasks[name] = task
-                found[name] += 1
-                types.add((arm["name"], task["type"]))
+            tasks |= result["tasks"]
+            found.update(result["tasks"].keys())
     listed = [row.sets[0] for row in rows]
     if not tasks.keys() & listed:
         rows, listed = (), []  # none of the list is here: its table would be all gaps
+
+    def place(name):  # the list's first, retrieval and 2AFC last
+        place_in_list = listed.index(name) if name in listed else len(listed)
+        kind = {"retrieval": 1, "2afc": 2}.get(tasks[name]["type"], 0)
+        return place_in_list, kind, tasks[name]["family"], name
+
     sets, left_out = {}, []
-    for name in sorted_sets(tasks, listed):
-        having = [arm for arm in arms if (arm["name"], tasks[name]["type"]) in types]
-        if found[name] == sum(len(arm["runs"]) for arm in having):
-            sets[name] = compare_set(name, having, arms[0])
+    for name in sorted(tasks, key=place):
+        if found[name] == sum(map(len, origins.values())):
+            sets[name] = compare_set(name, arms)
         else:
             left_out.append(name)
     return {"format": "perceptual-clip comparison 1", "baseline": arms[0]["name"],
             "arms": origins, "sets": sets, "families": compare_families(sets, arms, rows),
             "counts": {arm["name"]: count_wins(sets, arm["name"]) for arm in arms[1:]},
             "list": listed, "not_in_every_run": left_out, "bootstrap_draws": DRAWS,
-            "caveats": [SAMPLES_CAVEAT, SEEDS_CAVEAT, SIGN_CAVEAT]}
+            "caveats": CAVEATS}
 
 
-def sorted_sets(tasks, listed):
-    """Set names: the list's, then the others by family and name; retrieval and 2AFC last."""
-    def place(name):
-        if name in listed:
-            return 0, listed.index(name)
-        kind = {"retrieval": 2, "2afc": 3}.get(tasks[name]["type"], 1)
-        return kind, tasks[name]["family"], name
-    return sorted(tasks, key=place)
-
-
-def compare_set(name, arms, base):
-    """One set: what it is, and every metric of every arm."""
+def compare_set(name, arms):
+    """One set: what it is, and every metric of every arm; ValueError if their tests differ."""
     first, _ = arms[0]["runs"][0]
+    task = first["tasks"][name]
     for arm in arms:
         for result, _ in arm["runs"]:
-            check_same_test(name, first, result)
-    task = first["tasks"][name]
+            for what in ("classnames", "templates", "samples"):
+                if result["tasks"][name].get(f"{what}_sha256") != task.get(f"{what}_sha256"):
+                    raise ValueError(f"{name}: {first['run']} and {result['run']} had "
+                                     f"different {what}; evaluate both on one folder")
     about = ("family", "type", "main", "n", "classes", "templates", "captions", "partial",
              "part_of")
     record = {key: task.get(key) for key in about}
     record["arms"] = {arm["name"]: {} for arm in arms}
     for metric, value in task["metrics"].items():
         if value is not None:  # top-5 of fewer than five classes
-            for arm, statistics in compare_mean([name], metric, arms, base).items():
+            for arm, statistics in compare_mean([name], metric, arms).items():
                 record["arms"][arm][metric] = statistics
     return record
 
 
-def check_same_test(name, first, second):
-    """ValueError if two results on one set had different names, templates or samples."""
-    for key, what in (("classnames_sha256", "class names"), ("templates_sha256", "templates"),
-                      ("samples_sha256", "samples")):
-        if first["tasks"][name].get(key) != second["tasks"][name].get(key):
-            raise ValueError(f"{name}: {first['run']} and {second['run']} had different "
-                             f"{what}, so they cannot be compared; evaluate both on one folder")
-
-
-def compare_mean(names, metric, arms, base):
-    """Mean over sets of a metric (None: of each one's main) for each arm, and delta to base.
-
-    The delta has an interval over samples and one over seeds.
-    """
-    means, base_scores, base_seeds = {}, None, None
+def compare_mean(names, metric, arms):
+    """Mean over sets of a metric (None: the main ones) of each arm, with delta to the first."""
+    means = {}
     for arm in arms:
         seeds = [result["seed"] for result, _ in arm["runs"]]
         scores, drawn = [], []
@@ -317,35 +244,30 @@ def compare_mean(names, metric, arms, base):
             tasks = [result["tasks"][name] for result, _ in arm["runs"]]
             chosen = metric or tasks[0]["main"]
             scores.append([task["metrics"][chosen] for task in tasks])
-            if base_seeds:
-                hits_a = [hits.get(name, {}) for _, hits in base["runs"]]
-                hits_b = [hits.get(name, {}) for _, hits in arm["runs"]]
+            if arm is not arms[0]:
+                hits_a = [hits.get(name) for _, hits in arms[0]["runs"]]
+                hits_b = [hits.get(name) for _, hits in arm["runs"]]
                 drawn.append(paired_draws(hits_a, hits_b, chosen, name))
         scores = np.mean(scores, axis=0)                                    # (seeds,)
         means[arm["name"]] = value = seed_statistics(scores)
-        if arm is base:
+        if arm is arms[0]:
             base_scores, base_seeds = scores, seeds
-        elif base_seeds:
-            known = all(one is not None for one in drawn)
-            distinct = None not in seeds and len(set(seeds)) == len(seeds)
-            paired = distinct and seeds == base_seeds
-            value["delta"] = float(scores.mean() - base_scores.mean())
-            value["delta_interval"] = interval(np.mean(drawn, axis=0)) if known else None
-            value["delta_seed_interval"] = seed_interval(base_scores, scores, paired)
+            continue
+        known = all(one is not None for one in drawn)
+        paired = seeds == base_seeds and None not in seeds
+        value["delta"] = float(scores.mean() - base_scores.mean())
+        value["delta_interval"] = interval(np.mean(drawn, axis=0)) if known else None
+        value["delta_seed_interval"] = None
+        if paired:
+            value["delta_seed_interval"] = seed_statistics(scores - base_scores)["interval"]
     return means
 
 
 def compare_families(sets, arms, rows):
-    """Means of the main metric over each family, and over all classification sets: k of K.
-
-    With a list, its families and the mean of all are over the sets of the list alone.
-    """
-    listed, sizes, members, classification = set(), Counter(), {}, []
-    for row in rows:
-        listed.add(row.sets[0])
-        members[row.family] = []
-        sizes[row.family] += 1
-        sizes["all classification"] += row.main != "mean_recall@1"
+    """Means of main metrics over families and all classification: k of the list's K sets."""
+    listed = [row.sets[0] for row in rows]
+    sizes = Counter(row.family for row in rows)
+    members, classification = {family: [] for family in sizes}, []
     for name, record in sets.items():
         own = record["family"] not in sizes and not record["part_of"]  # not NIGHTS' halves
         if name in listed or own:
@@ -354,11 +276,11 @@ def compare_families(sets, arms, rows):
             classification.append(name)
     if rows or classification:
         members["all classification"] = classification
+        sizes["all classification"] = sum(row.main != "mean_recall@1" for row in rows)
     families = {}
     for family, names in members.items():
-        having = [arm for arm in arms if names and arm["name"] in sets[names[0]]["arms"]]
         families[family] = {"k": len(names), "K": sizes[family] or len(names), "sets": names,
-                            "arms": compare_mean(names, None, having, arms[0])}
+                            "arms": compare_mean(names, None, arms) if names else {}}
     return families
 
 
@@ -367,70 +289,51 @@ def count_wins(sets, arm):
     counts = {}
     for kind, word in (("main metric", ""), ("top-1", "acc1"), ("top-5", "acc5"),
                        ("recalls", "retrieval_recall@")):
-        compared = wins = losses = clear_wins = clear_losses = 0
+        signs = []
         for record in sets.values():
-            for metric, value in record["arms"].get(arm, {}).items():
-                chosen = (word or record["main"]) in metric
-                if record["type"] != "2afc" and chosen and "delta" in value:
-                    compared += 1
-                    wins += value["delta"] > 0
-                    losses += value["delta"] < 0
+            for metric, value in record["arms"][arm].items():
+                if record["type"] != "2afc" and (word or record["main"]) in metric:
                     low, high = value["delta_interval"] or (0, 0)
-                    clear_wins += low > 0
-                    clear_losses += high < 0
-        counts[kind] = {"compared": compared, "wins": wins, "ties": compared - wins - losses,
-                        "losses": losses, "clear_wins": clear_wins,
-                        "clear_losses": clear_losses, "sign_test_p": sign_test(wins, losses)}
+                    signs.append([value["delta"] > 0, value["delta"] < 0, low > 0, high < 0])
+        sums = np.array(signs, int).reshape(-1, 4).sum(axis=0).tolist()
+        wins, losses, clear_wins, clear_losses = sums
+        counts[kind] = {"compared": len(signs), "wins": wins,
+                        "ties": len(signs) - wins - losses, "losses": losses,
+                        "clear_wins": clear_wins, "clear_losses": clear_losses,
+                        "sign_test_p": sign_test(wins, losses)}
     return counts
-
-
-# ------------------------------------------------------------------------------ Markdown
 
 
 def table(header, rows):
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [0] * len(header)
+    widths = [3] * len(header)
     for row in (header, *rows):
-        for column, cell in enumerate(row):
-            widths[column] = max(widths[column], len(str(cell)))
+        widths = [max(width, len(str(cell))) for width, cell in zip(widths, row)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    rule[0] = "-" * widths[0]
     lines = []
-    for row in (header, *rows):
+    for row in (header, rule, *rows):
         cells = [str(cell).rjust(width) for cell, width in zip(row, widths)]
         cells[0] = str(row[0]).ljust(widths[0])
         lines.append("| " + " | ".join(cells) + " |")
-    rule = ["-" * (width + 1) + ":" for width in widths]
-    rule[0] = "-" * (widths[0] + 2)
-    lines.insert(1, "|" + "|".join(rule) + "|")
     return "\n".join(lines)
 
 
 def markdown(comparison, rows=()):
-    """The comparison as Markdown that can be pasted: sets, family means, wins, caveats. In %.
-
-    rows: the list's; if any of them is there, all are shown, with what is published beside.
-    """
-    arms = comparison["arms"]
-    parts = [set_table(comparison, rows if comparison["list"] else ())]
-    lines = []
+    """The comparison as Markdown, in %; rows: of the list, shown with what is published."""
+    arms, lines, wins = comparison["arms"], [], []
     for family, mean in comparison["families"].items():
-        cells = [value_cell(mean["arms"].get(arm)) if mean["k"] else "missing" for arm in arms]
+        cells = [value_cell(mean["arms"].get(arm)) for arm in arms]
         lines.append([family, f"{mean['k']} of {mean['K']}", *cells])
-    parts.append(table(["mean of main metrics", "sets", *arms], lines))
-    lines = []
+    parts = [set_table(comparison, rows if comparison["list"] else ()),
+             table(["mean of main metrics", "sets", *arms], lines)]
     for arm, kinds in comparison["counts"].items():
         for kind, count in kinds.items():
-            clear = f"{count['clear_wins']} / {count['clear_losses']}"
-            if count["compared"]:
-                lines.append([arm, kind, count["compared"], count["wins"], count["ties"],
-                              count["losses"], clear, f"{count['sign_test_p']:.2g}"])
-    if lines:
-        parts.append(f"Differences are to {comparison['baseline']}, in points.")
-        parts.append(table(["arm", "metric", "compared", "wins", "ties", "losses",
-                            "clear of 0: wins / losses", "sign test p"], lines))
-    if len(arms) > 1:
-        several = any(len(runs) > 1 for runs in arms.values())
-        seeds = f"{SEEDS_CAVEAT}\n" if several else ""
-        parts.append(f"{SAMPLES_CAVEAT}\n{seeds}{SIGN_CAVEAT}")
+            count = count | {"sign_test_p": f"{count['sign_test_p']:.2g}"}
+            wins.append([arm, kind, *count.values()])
+    if wins:
+        parts += [f"Differences are to {comparison['baseline']}, in points.",
+                  table(["arm", "metric", *count], wins), "\n".join(comparison["caveats"])]
     if comparison["not_in_every_run"]:
         names = ", ".join(comparison["not_in_every_run"])
         parts.append(f"Not in every run, so left out: {names}.")
@@ -438,64 +341,47 @@ def markdown(comparison, rows=()):
 
 
 def set_table(comparison, rows):
-    """A line for each row of the list and each other set; beside the list what is published.
-
-    One arm alone has the same pair of its own: top-1/top-5, or recall@1 to image / to text.
-    """
+    """A line for each row of the list and each other set; beside the list what is published."""
     arms, sets = list(comparison["arms"]), comparison["sets"]
     header = ["set", "family", "n", "metric", *arms]
-    if rows and len(arms) == 1:
-        header.append("top-1/top-5")
     if rows:
-        header.append("OpenAI B/32")
-    short = {"mean_per_class_recall": "mpcr", "mean_average_precision": "mAP",
-             "mean_recall@1": "R@1"}
-    row_of = {row.sets[0]: row for row in rows}
-    lines = []
+        header += [f"{arms[0]}: top-1/5 or R@1/5", "OpenAI B/32"]
+    row_of, lines = {row.sets[0]: row for row in rows}, []
     for name in row_of | sets:
-        row, record, pair = row_of.get(name), sets.get(name), []
+        row = row_of.get(name)
+        record = sets.get(name) or {**row._asdict(), "arms": {}, "partial": False}
         title = row.title if row else name
-        if record:
-            main, metrics = record["main"], record["arms"].get(arms[0], {})
-            title += " (partial)" if record["partial"] else ""
-            line = [title, record["family"], f"{record['n']:,}", short.get(main, main)]
-            line += [value_cell(record["arms"].get(arm, {}).get(main)) for arm in arms]
-            for key in ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1"):
-                if key in metrics:
-                    pair.append(f"{100 * metrics[key]['mean']:.1f}")
-        else:
-            line = [title, row.family, "", ""] + ["missing"] * len(arms)
-        if rows and len(arms) == 1:
-            line.append("/".join(pair))
+        if record["partial"]:
+            title += " (partial)"
+        line = [title, record["family"], record["n"], record["main"]]
+        for arm in arms:
+            line.append(value_cell(record["arms"].get(arm, {}).get(record["main"])))
         if rows:
-            line.append(published_cell(row))
+            metrics = record["arms"].get(arms[0], {})
+            ours = []
+            for key in PUBLISHED:
+                if key in metrics:
+                    ours.append(f"{100 * metrics[key]['mean']:.1f}")
+            theirs = map(str, row.published) if row else ()
+            line += ["/".join(ours), "/".join(theirs).replace("None", "-")]
         lines.append(line)
     return table(header, lines)
 
 
-def published_cell(row):
-    """The pair that is published for a row, in %, with - for one that is not."""
-    if row is None or row.published[0] is None:
-        return ""
-    pair = row.published[::2] if row.family == "retrieval" else row.published
-    return "/".join("-" if value is None else f"{value:.1f}" for value in pair)
-
-
 def value_cell(value):
-    """A value, with its spread over seeds, and its delta with intervals, in % and points."""
+    """Mean ± deviation over seeds (delta), intervals over samples and seeds; % and points."""
     if value is None:
-        return "-"
+        return "missing"
     text = f"{100 * value['mean']:.1f}"
     if value["sd"] is not None:
         text += f" ± {100 * value['sd']:.1f}"
-    if "delta" not in value:
-        return text
-    text += f" ({100 * value['delta']:+.1f}"
+    if "delta" in value:
+        text += f" ({100 * value['delta']:+.1f})"
     for word, key in (("", "delta_interval"), (" seeds", "delta_seed_interval")):
-        if value[key]:
+        if value.get(key):
             low, high = value[key]
             text += f"{word} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return text + ")"
+    return text
 
 
 # ------------------------------------------------------------------------------ scaling
@@ -503,18 +389,13 @@ def value_cell(value):
 
 
 def fit_power_law(samples, values):
-    """Least squares of log(value) on log(samples): value = factor * samples ** exponent.
-
-    Returns exponent, factor, r2, interval (95 %, Student's t, from three points on), points;
-    None below two points or where a value is not positive.
-    """
+    """Least squares of log(value) on log(samples); None below two points or values <= 0."""
     if len(samples) < 2 or min(values) <= 0:
         return None
-    n, x, y = len(samples), np.log(samples), np.log(values)
+    n, x, y, ends = len(samples), np.log(samples), np.log(values), None
     dx, dy = x - x.mean(), y - y.mean()
     exponent = (dx * dy).sum() / (dx ** 2).sum()
     rest, whole = ((dy - exponent * dx) ** 2).sum(), (dy ** 2).sum()
-    ends = None
     if n > 2:
         half = t975(n - 2) * math.sqrt(rest / (n - 2) / (dx ** 2).sum())
         ends = [float(exponent - half), float(exponent + half)]
@@ -525,32 +406,27 @@ def fit_power_law(samples, values):
 
 def samples_to_reach(points, target):
     """Samples at which a curve's points first reach target, log-linear in between, or None."""
-    before = None
-    for point in points:
-        if point["mean"] < target:
-            before = point
-            continue
-        if before is None or before["samples"] == 0:
-            return float(point["samples"])
-        share = (target - before["mean"]) / (point["mean"] - before["mean"])
-        return float(before["samples"] * (point["samples"] / before["samples"]) ** share)
+    for before, point in zip([None, *points], points):
+        if point["mean"] >= target:
+            if before is None or before["samples"] == 0:
+                return float(point["samples"])
+            share = (target - before["mean"]) / (point["mean"] - before["mean"])
+            return float(before["samples"] * (point["samples"] / before["samples"]) ** share)
     return None
 
 
 def near_chance(task):
     """Whether a main metric is below guessing plus two standard errors; never for mAP."""
     choices = {"classification": task["classes"], "retrieval": task["n"], "2afc": 2}
-    if task["type"] not in choices:
-        return False
-    p = 1 / choices[task["type"]]
+    p = 1 / choices.get(task["type"], math.inf)
     return task["metrics"][task["main"]] < p + 2 * math.sqrt(p * (1 - p) / task["n"])
 
 
 def scaling(arms):
     """Metric against samples, for each family and set: curve, fit, samples to the baseline.
 
-    A point is the mean over seeds that all have it.  Sets that a result lacks have no curve.
-    Left out of everything: sets within two standard errors of chance at the end of any run.
+    A point is the mean over seeds that all have it.  Sets that a result lacks have no curve;
+    sets near chance at the end of any run are left out of everything.
     """
     every, ends = [], []
     for arm in arms:
@@ -587,17 +463,14 @@ def curve_of(arm, names):
             tasks = [result["tasks"][name] for name in names]
             mean = np.mean([task["metrics"][task["main"]] for task in tasks])
             values.setdefault(result["samples"], []).append(mean)
-    newest, _ = arm["seeds"][0][-1]
-    warmup = newest.get("warmup_samples") or 0
+    warmup = result.get("warmup_samples") or 0
     points, fitted, means = [], [], []
     for samples in sorted(values):
-        if len(values[samples]) < len(arm["seeds"]):
-            continue
-        point = seed_statistics(values[samples])
-        points.append({"samples": samples, **point})
-        if samples > warmup:
-            fitted.append(samples)
-            means.append(point["mean"])
+        if len(values[samples]) == len(arm["seeds"]):
+            points.append({"samples": samples, **seed_statistics(values[samples])})
+            if samples > warmup:
+                fitted.append(samples)
+                means.append(points[-1]["mean"])
     if not points:
         raise ValueError(f"{arm['name']}: its seeds have no number of samples in common")
     return {"points": points, "warmup_samples": warmup, "fit": fit_power_law(fitted, means),
@@ -610,134 +483,104 @@ def scaling_markdown(scaling):
     for group, arms in scaling["curves"].items():
         if group.startswith("mean of"):
             for arm, curve in arms.items():
-                reached, final = curve["samples_to_baseline"], curve["points"][-1]["mean"]
-                lines.append([group, arm, f"{100 * final:.1f}", *fit_cells(curve["fit"]),
+                final, reached = curve["points"][-1]["mean"], curve["samples_to_baseline"]
+                lines.append([group, arm, f"{100 * final:.1f}", fit_cell(curve["fit"]),
                               f"{reached:,.0f}" if reached else "not reached"])
-    header = ["curve", "arm", "final, %", "exponent", "R²", "points",
-              f"samples to final of {scaling['baseline']}"]
+    header = ["curve", "arm", "final, %", "fit", f"samples to final of {scaling['baseline']}"]
     near = ", ".join(scaling["near_chance"]) or "none"
-    return (f"{table(header, lines)}\n\nToo near chance to be fitted: {near}.\n"
-            f"{scaling['caveat']}\n")
+    return f"{table(header, lines)}\n\nToo near chance: {near}.\n{scaling['caveat']}\n"
 
 
-def fit_cells(fit):
+def fit_cell(fit):
     """Exponent with its interval, R², and how many points were used."""
     if fit is None:
-        return ["-", "-", "-"]
+        return "-"
     ends = " [{:.3f}, {:.3f}]".format(*fit["interval"]) if fit["interval"] else ""
-    return [f"{fit['exponent']:.3f}{ends}", f"{fit['r2']:.3f}", fit["points"]]
+    return f"exponent {fit['exponent']:.3f}{ends}, R² {fit['r2']:.3f}, {fit['points']} points"
 
 
 def draw_scaling(scaling, path):
-    """The curves of `scaling` as a PNG: a panel for each mean over sets, the caveat below."""
-    import matplotlib  # optional: the caller says what to install
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """The curves as a PNG: a panel for each mean over sets, with deviations over seeds."""
+    from matplotlib.figure import Figure  # optional: the caller says what to install
     groups = [group for group in scaling["curves"] if group.startswith("mean of")]
-    columns = max(1, min(3, len(groups)))
-    rows = max(1, math.ceil(len(groups) / columns))
-    figure = pyplot.figure(figsize=(4.4 * columns, 3.2 * rows + 0.6), layout="constrained")
+    rows = math.ceil(len(groups) / 3)
+    figure = Figure(figsize=(13.2, 3.2 * rows + 0.6), layout="constrained")
     for number, group in enumerate(groups, 1):
-        axis = figure.add_subplot(rows, columns, number)
-        for color, (arm, curve) in enumerate(scaling["curves"][group].items()):
-            draw_curve(axis, arm, curve, f"C{color}")
+        axis = figure.add_subplot(rows, 3, number)
         axis.set(title=group, xscale="log", xlabel="samples seen", ylabel="main metric, %")
+        for color, (arm, curve) in enumerate(scaling["curves"][group].items()):
+            fit, label = curve["fit"], arm
+            if fit:
+                label += f": {fit_cell(fit)}"
+                x = np.array(curve["fitted"], float)
+                axis.plot(x, 100 * fit["factor"] * x ** fit["exponent"], f"--C{color}")
+            points = []
+            for point in curve["points"]:
+                points.append([point["samples"], point["mean"], point["sd"] or 0])
+            samples, means, deviations = np.array(points).T  # (points,) each
+            axis.errorbar(samples, 100 * means, 100 * deviations, fmt=f"o-C{color}",
+                          label=label)
         axis.legend(fontsize=7)
-    figure.supxlabel(textwrap.fill(scaling["caveat"], 60 * columns), fontsize=8)
+    figure.supxlabel(scaling["caveat"], fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def draw_curve(axis, arm, curve, color):
-    """One arm: its points with the deviation over seeds, and its power law dashed."""
-    fit, label = curve["fit"], arm
-    if fit:
-        label += ": exponent {}, R² {}, {} points".format(*fit_cells(fit))
-        ends = np.array([curve["fitted"][0], curve["fitted"][-1]], float)
-        axis.plot(ends, 100 * fit["factor"] * ends ** fit["exponent"], "--", color=color)
-    samples, means, deviations = [], [], []
-    for point in curve["points"]:
-        samples.append(point["samples"])
-        means.append(100 * point["mean"])
-        deviations.append(100 * (point["sd"] or 0))
-    axis.errorbar(samples, means, yerr=deviations, color=color, label=label, marker="o",
-                  markersize=4, linewidth=1)
-
-
-# ------------------------------------------------------------------------------ main
 
 
 def read_arms(arguments):
     """Arguments NAME=FILE,FILE,... or FILE -> arms with their milestones, as for `scaling`."""
-    arms, given = {}, set()
+    arms = {}  # {name: {(seed, samples): (result, hits)}}
     for argument in arguments:
         name, equals, paths = argument.partition("=")
-        if not equals or os.path.exists(argument):
+        if not equals:
             name, paths = "", argument
-        seeds = {}  # {seed: {samples: (result, hits)}}
         for path in paths.split(","):
-            if not path:
-                raise ValueError(f"{argument}: a file's name is missing")
-            file = os.path.realpath(path.removesuffix(".json"))
-            if file in given:
-                raise ValueError(f"{path}: given twice")
-            given.add(file)
             result, hits = read_result(path)
-            name = name or result["run"]
-            seed = path if result["seed"] is None else result["seed"]
-            milestones = seeds.setdefault(seed, {})
-            if result["samples"] in milestones:
+            runs = arms.setdefault(name or result["run"], {})
+            seed = path if result["seed"] is None else str(result["seed"])
+            if (seed, result["samples"]) in runs:
                 raise ValueError(f"{path}: a second result of seed {seed} with the same "
                                  "samples; two runs of one seed are two arms")
-            milestones[result["samples"]] = result, hits
-        if name in arms:
-            raise ValueError(f"{argument}: another arm is called {name}, too")
-        in_order = []
-        for seed in sorted(seeds, key=str):  # so that arms are paired whatever the order given
-            in_order.append([seeds[seed][samples] for samples in sorted(seeds[seed])])
-        arms[name] = {"name": name, "seeds": in_order}
-    return list(arms.values())
+            runs[seed, result["samples"]] = result, hits
+    found = []
+    for name, runs in arms.items():
+        seeds = {}
+        for seed, samples in sorted(runs):  # so that arms are paired whatever the order given
+            seeds.setdefault(seed, []).append(runs[seed, samples])
+        found.append({"name": name, "seeds": list(seeds.values())})
+    return found
 
 
 def report(arms, rows, out):
-    """Compare the newest result of each seed, draw the curves of all; write to `out`, print.
-
-    arms: as for `scaling`.  rows: the list's.  An arm without samples (foreign) has no curve.
-    """
+    """Compare the newest results, draw the curves of milestones; write to out and print."""
     newest, trained, several = [], [], False
     for arm in arms:
         newest.append({"name": arm["name"], "runs": [seed[-1] for seed in arm["seeds"]]})
+        several = several or any(len(seed) > 1 for seed in arm["seeds"])
         first, _ = arm["seeds"][0][0]
-        if first["samples"] is not None:
+        if first["samples"] is not None:  # of foreign weights nobody tells
             trained.append(arm)
-            several = several or any(len(seed) > 1 for seed in arm["seeds"])
-    os.makedirs(out, exist_ok=True)
     comparison = compare(newest, rows)
+    os.makedirs(out, exist_ok=True)
     write_json(f"{out}/comparison.json", comparison)
     write_text(f"{out}/comparison.md", markdown(comparison, rows))
     print(markdown(comparison, rows))
-    if not several:
-        return
-    curves = scaling(trained)
-    write_json(f"{out}/scaling.json", curves)
-    write_text(f"{out}/scaling.md", scaling_markdown(curves))
-    print(scaling_markdown(curves))
-    try:
-        draw_scaling(curves, f"{out}/scaling.png")
-    except ImportError:
-        print("no scaling.png: it needs matplotlib (pip install matplotlib)")
+    if several:
+        curves = scaling(trained)
+        write_json(f"{out}/scaling.json", curves)
+        write_text(f"{out}/scaling.md", scaling_markdown(curves))
+        print(scaling_markdown(curves))
+        try:
+            draw_scaling(curves, f"{out}/scaling.png")
+        except ImportError:
+            print("no scaling.png: it needs matplotlib (pip install matplotlib)")
 
 
 def main(argv=None):
     config, arguments = load_config(Config, globals(), argv)
-    from data.benchmarks import LISTS  # here, because it loads torch
-    if config.list not in LISTS:
-        raise ValueError(f"list={config.list}: must be {' or '.join(LISTS)}")
     if not arguments:
-        raise ValueError("which results? For example: python -m data.results out/eval/a.json "
-                         "out/eval/b.json --out=out/compared (--help says more)")
-    report(read_arms(arguments), LISTS[config.list], config.out)
+        raise ValueError("which results? Give NAME=FILE,FILE,... for each arm")
+    arms = read_arms(arguments)
+    first, _ = arms[0]["seeds"][0][0]
+    report(arms, LISTS[first["list"]], config.out)
 
 
 if __name__ == "__main__":
