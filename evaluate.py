@@ -8,22 +8,18 @@
     torchrun --nproc_per_node=8 evaluate.py ...          # the same numbers, sooner
 
 A checkpoint is a file of this project (stage 1: 2AFC only), of OpenAI, open_clip or Hugging
-Face, random:SIZE for fresh weights, or a run's folder. NAME=checkpoint names its result, which
-else is called like the run. Several seeds of an arm: python -m data.results.
+Face, random:SIZE for fresh weights, or a run's folder; NAME=checkpoint names its result. Writes
+to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for folders
+scaling.*; for --query and --image query.png. A finished set is evaluated again only if the
+checkpoint, the set or the precision changed. Several seeds of an arm: python -m data.results.
 
-Writes to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for
-folders scaling.json and .png; for --query and --image query.png. A finished set is evaluated
-again only if the checkpoint, the set or the precision changed.
-
-First the evaluators, then the script that runs them. The protocol is CLIP_benchmark's. Letters:
-n samples, C classes, T prompts a class, m captions, E embedding, b of a batch, S pixels.
+The protocol is CLIP_benchmark's. Letters: n samples, C classes, T prompts a class, m captions,
+E embedding, b of a batch, S pixels.
 """
 import os
 import platform
-import re
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from configs import check_ranges, load_config  # before torch: see there
 import numpy as np
@@ -308,57 +304,6 @@ class Config:
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
 
 
-def read_arguments(arguments):
-    """[NAME=]checkpoint, [NAME=]folder ... -> {run: {result's name: checkpoint}}, by samples.
-
-    A run's last result is called like it, a milestone before it NAME@SAMPLES.
-    """
-    runs, taken = {}, ["comparison", "scaling"]  # our other files in --out
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not equals or "/" in name:
-            name, path = "", argument
-        name = name or run_name(path)
-        runs[name] = milestones(name, path)
-        for result in runs[name]:
-            if result in taken:
-                raise ValueError(f"{argument}: a result is called {result} already; give "
-                                 "another name by NAME=checkpoint")
-            taken.append(result)
-    return runs
-
-
-def run_name(path):
-    """out/toy, out/toy/ckpt.pt -> toy; out/toy/best.pt -> toy-best; ViT-B-32.pt -> ViT-B-32;
-    out/toy/samples_000000064000.pt -> toy@64000; random:toy -> random-toy."""
-    file = Path(os.path.abspath(path))
-    ours = re.fullmatch(r"(ckpt|best|samples_0*(\d+))\.pt", file.name)
-    if ours is None:
-        return file.name.removesuffix(".pt").replace(":", "-")
-    return file.parent.name + {"ckpt": "", "best": "-best"}.get(ours[1], f"@{ours[2]}")
-
-
-def milestones(name, path):
-    """{result's name: checkpoint} of a run's folder, by samples; of anything else, itself."""
-    size = path.removeprefix("random:")
-    if size != path and size not in SIZES:
-        raise ValueError(f"{path}: no such size; known are {', '.join(SIZES)}")
-    if size == path and not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if path.endswith(".json"):
-        raise ValueError(f"{path}: is no checkpoint; python -m data.results compares results")
-    last = os.path.join(path, "ckpt.pt")
-    if not os.path.isfile(last):
-        return {name: path}  # also a folder as Hugging Face has them
-    end = read_checkpoint(last)["samples"]
-    found = {}
-    for file in sorted(Path(path).glob("samples_[0-9]*.pt")):  # 12 digits: in order of samples
-        samples = int(file.stem.removeprefix("samples_"))
-        if samples != end:  # the newest is often a milestone as well
-            found[f"{name}@{samples}"] = str(file)
-    return found | {name: last}
-
-
 @dataclass
 class Model:
     """A checkpoint made ready. No clip: stage 1, and random:SIZE without a vocabulary."""
@@ -404,7 +349,10 @@ def open_model(path, config, device):
 def draw_weights(path, config):
     """random:SIZE -> a CLIP, or without a vocabulary for its text a VisionTower."""
     torch.manual_seed(config.seed)
-    size = SIZES[path.removeprefix("random:")]
+    name = path.removeprefix("random:")
+    if name not in SIZES:
+        raise ValueError(f"{path}: no such size; known are {', '.join(SIZES)}")
+    size = SIZES[name]
     if config.vocabulary:
         module = CLIP(replace(size, vocab_size=Tokenizer(config.vocabulary).size))
     else:
@@ -428,7 +376,7 @@ def jobs_for(model, jobs):
 
 def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     """Evaluate what its result file lacks, and write set by set; returns (result, hits)."""
-    from data import results  # here and below, so that the trainers do not import it with us
+    from data import results
     start, prompts = time.time(), {}
     model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
@@ -475,7 +423,8 @@ def main(argv=None):
     if not arguments:
         raise ValueError("which checkpoints? For example: python evaluate.py out/toy/ckpt.pt "
                          "--benchmarks=data/toy/benchmarks (--help says more)")
-    runs = read_arguments(arguments)
+    from data import results  # here and below, so that the trainers do not import it with us
+    runs = results.read_arguments(arguments, read_checkpoint)
     paths = {}  # result's name: checkpoint
     for checkpoints in runs.values():
         paths |= checkpoints
@@ -508,7 +457,6 @@ def main(argv=None):
             arms = []
             for name, checkpoints in runs.items():
                 arms.append({"name": name, "seeds": [[found[key] for key in checkpoints]]})
-            from data import results
             results.report(arms, LISTS[config.list], config.out)
 
 

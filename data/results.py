@@ -13,10 +13,12 @@ Letters: n samples, u units drawn anew, p parts of a metric, B draws.
 import json
 import math
 import os
+import re
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from configs import load_config  # before torch: see there
 import numpy as np
@@ -81,6 +83,55 @@ def read_result(path):
         raise ValueError(f"{path}.json: not a result of evaluate.py, or not whole ({error}); "
                          "remove it") from None
     return result, hits
+
+
+def read_arguments(arguments, read_checkpoint):
+    """[NAME=]checkpoint, [NAME=]folder ... -> {run: {result's name: checkpoint}}, by samples.
+
+    A run's last result is called like it, a milestone before it NAME@SAMPLES.
+    read_checkpoint: model.read_checkpoint, asked how many samples the last one has seen.
+    """
+    runs, taken = {}, ["comparison", "scaling"]  # our other files in --out
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or "/" in name:
+            name, path = "", argument
+        name = name or run_name(path)
+        runs[name] = milestones(name, path, read_checkpoint)
+        for result in runs[name]:
+            if result in taken:
+                raise ValueError(f"{argument}: a result is called {result} already; give "
+                                 "another name by NAME=checkpoint")
+            taken.append(result)
+    return runs
+
+
+def run_name(path):
+    """out/toy, out/toy/ckpt.pt -> toy; out/toy/best.pt -> toy-best; ViT-B-32.pt -> ViT-B-32;
+    out/toy/samples_000000064000.pt -> toy@64000; random:toy -> random-toy."""
+    file = Path(os.path.abspath(path))
+    ours = re.fullmatch(r"(ckpt|best|samples_0*(\d+))\.pt", file.name)
+    if ours is None:
+        return file.name.removesuffix(".pt").replace(":", "-")
+    return file.parent.name + {"ckpt": "", "best": "-best"}.get(ours[1], f"@{ours[2]}")
+
+
+def milestones(name, path, read_checkpoint):
+    """{result's name: checkpoint} of a run's folder, by samples; of anything else, itself."""
+    if not path.startswith("random:") and not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.endswith(".json"):
+        raise ValueError(f"{path}: is no checkpoint; python -m data.results compares results")
+    last = os.path.join(path, "ckpt.pt")
+    if not os.path.isfile(last):
+        return {name: path}  # also a folder as Hugging Face has them
+    end = read_checkpoint(last)["samples"]
+    found = {}
+    for file in sorted(Path(path).glob("samples_[0-9]*.pt")):  # 12 digits: in order of samples
+        samples = int(file.stem.removeprefix("samples_"))
+        if samples != end:  # the newest is often a milestone as well
+            found[f"{name}@{samples}"] = str(file)
+    return found | {name: last}
 
 
 def begin_result(folder, result):

@@ -22,7 +22,8 @@ from data.benchmarks import LISTS
 from data.prepare.tars import write_set
 from data.prepare.tars import write_shards
 from data.text import Tokenizer
-from model import CLIP, FORMAT, SIZES, export_clip, load_clip, write_checkpoint
+from model import (CLIP, FORMAT, SIZES, export_clip, load_clip, read_checkpoint,
+                   write_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = "".join(f"{base64.b64encode(bytes([byte]) + bytes(mark)).decode()} {256 * mark + byte}\n"
@@ -107,44 +108,45 @@ def read(path):
     ("out/nights/best.pt", "nights-best"), ("weights/ViT-B-32.pt", "ViT-B-32"),
     ("random:toy", "random-toy"), ("samples_of_mine.pt", "samples_of_mine")])
 def test_a_result_is_named_for_its_run(path, name):
-    assert evaluate.run_name(path) == name
+    assert results.run_name(path) == name
 
 
 def test_two_results_of_one_name_are_refused_until_they_have_names(world):
     draw_checkpoint(world / "other" / "base" / "ckpt.pt", 3)
     both = [f"{world}/base/ckpt.pt", f"{world}/other/base/ckpt.pt"]
     with pytest.raises(ValueError, match="a result is called base already; .* NAME=checkpoint"):
-        evaluate.read_arguments(both)
-    runs = evaluate.read_arguments([both[0], f"other={both[1]}"])
+        results.read_arguments(both, read_checkpoint)
+    runs = results.read_arguments([both[0], f"other={both[1]}"], read_checkpoint)
     assert runs == {"base": {"base": both[0]}, "other": {"other": both[1]}}
 
 
 def test_no_run_takes_the_name_of_the_comparison(drawn):
     with pytest.raises(ValueError, match="called comparison already"):
-        evaluate.read_arguments([f"comparison={drawn}/base/ckpt.pt"])
+        results.read_arguments([f"comparison={drawn}/base/ckpt.pt"], read_checkpoint)
 
 
 def test_a_checkpoint_given_twice_is_refused(drawn):
     with pytest.raises(ValueError, match="called base already"):
-        evaluate.read_arguments([f"{drawn}/base/ckpt.pt", f"{drawn}/base/../base/ckpt.pt"])
+        results.read_arguments([f"{drawn}/base/ckpt.pt", f"{drawn}/base/../base/ckpt.pt"],
+                               read_checkpoint)
 
 
 def test_an_equals_sign_in_a_folder_is_no_name(world):
     os.rename(world / "base", world / "lr=3")
     path = f"{world}/lr=3/ckpt.pt"
-    assert evaluate.read_arguments([path]) == {"lr=3": {"lr=3": path}}
+    assert results.read_arguments([path], read_checkpoint) == {"lr=3": {"lr=3": path}}
 
 
 def test_a_result_file_is_no_checkpoint(world):
     (world / "base.json").write_text("{}")
     with pytest.raises(ValueError, match="python -m data.results compares results"):
-        evaluate.read_arguments([f"{world}/base.json"])
+        results.read_arguments([f"{world}/base.json"], read_checkpoint)
 
 
 def test_a_folder_stands_for_its_milestones_in_order_of_samples(world):
     for samples in (200, 1000, 90):
         draw_checkpoint(world / "base" / f"samples_{samples:012d}.pt", samples=samples)
-    runs = evaluate.read_arguments([f"{world}/base", f"again={world}/base"])
+    runs = results.read_arguments([f"{world}/base", f"again={world}/base"], read_checkpoint)
     assert [(name, Path(path).name) for name, path in runs["base"].items()] == [
         ("base@90", "samples_000000000090.pt"), ("base@200", "samples_000000000200.pt"),
         ("base", "ckpt.pt")]  # which has 1,000

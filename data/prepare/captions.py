@@ -104,7 +104,7 @@ def read_table(file):
             number += 1
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
-    except csv.Error as error:
+    except csv.Error:
         raise ValueError(f"{file}, row {number}: a quote that is not closed, or should be "
                          "doubled") from None
     except ValueError as error:

@@ -160,7 +160,7 @@ def read_ratings(path, lead):
             ratings.setdefault((rater, i), []).append((rating, j, number))
             ratings.setdefault((rater, j), []).append((rating, i, number))
     found = []
-    for (rater, anchor), rated in ratings.items():
+    for (_, anchor), rated in ratings.items():
         for pair in itertools.combinations(rated, 2):
             (low, far, _), (high, near, number) = sorted(pair)
             if high - low >= lead and near != far:
