@@ -25,9 +25,8 @@ SET_ASIDE = {"held_out", "val", "valid", "validation", "test", "index"}  # never
 FORMAT = "perceptual-clip index 2"
 # One row a pair. Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
 # json is 1 if the caption is in a .json. Fingerprints are made of these bytes.
-SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"),
-                   ("image_at", "u8"), ("image_size", "u8"),
-                   ("text_at", "u8"), ("text_size", "u8"),
+SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"), ("image_at", "u8"),
+                   ("image_size", "u8"), ("text_at", "u8"), ("text_size", "u8"),
                    ("first_caption", "u8"), ("key_at", "u8"), ("key_size", "u2"),
                    ("json", "u2")])
 
@@ -46,12 +45,10 @@ def caption_lines(raw, is_json=False):
 def _json_caption(raw):
     try:
         fields = json.loads(raw)
-    except ValueError:  # not JSON, or not UTF-8
+        words = (fields.get("caption") or fields.get("text")).split()
+    except (ValueError, AttributeError):  # not JSON, or no text under these names
         return b""
-    for name in ("caption", "text"):
-        if isinstance(fields, dict) and isinstance(fields.get(name), str):
-            return " ".join(fields[name].split()).encode(errors="replace")
-    return b""
+    return " ".join(words).encode(errors="replace")
 
 
 # ---------------------------------------------------------------- the index
@@ -144,16 +141,13 @@ class Shards:
 
     def __setstate__(self, state):
         self.folder, self._place, self._shards, self.fingerprint = state
-        self._samples = self._map("samples")
-        self._keys = self._map("keys")
-        self._ids = self._map("ids")
-        self._starts = self._map("starts")
-        # Files need no closing here: one that is dropped closes when its last reader is done.
-        # pread moves no position, so threads and forked workers may share them.
+        arrays = []
+        for name in ("samples", "keys", "ids", "starts"):
+            mapped = np.load(self._place / f"{name}.npy", mmap_mode="r")
+            arrays.append(np.asarray(mapped))  # np.memmap's own indexing takes 2 us more
+        self._samples, self._keys, self._ids, self._starts = arrays
+        # A file closes when it is dropped; pread lets threads and forked workers share it.
         self._file = lru_cache(allow_open_files(len(self._shards)))(self._open)
-
-    def _map(self, name):  # as a plain array: np.memmap's own indexing takes 2 us more
-        return np.asarray(np.load(self._place / f"{name}.npy", mmap_mode="r"))
 
     def _open(self, shard):
         return open(self.folder / self._shards[shard], "rb", buffering=0)

@@ -1,8 +1,6 @@
 """Reads and decodes every pair of a folder of shards once; names what is bad, exit 1 if any is.
 
     python -m data.prepare.check FOLDER
-
-Needs no index. FOLDER/held_out is a folder of its own.
 """
 import os
 import sys
@@ -23,22 +21,7 @@ class Config:
     """No settings."""
 
 
-def check_shards(folder):
-    """Read and decode everything once; print what is wrong, return how much it is."""
-    shards, pairs, problems = find_shards(folder), 0, {}
-    progress = Progress("checking", len(shards), "shards")
-    workers = workers_for(size for size, _ in shards.values())
-    for good, some in in_order(partial(_check_shard, folder), shards, workers):
-        pairs += good
-        add_problems(problems, some)
-        progress.add()
-    bad = sum(entry["count"] for reason, entry in problems.items() if reason != FROM_JSON)
-    print(f"checked {folder}: {pairs:,} good pairs in {len(shards)} shards, {bad:,} problems",
-          *report(problems), sep="\n")
-    return bad
-
-
-def _check_shard(folder, shard):
+def check_shard(folder, shard):
     """How many samples of a shard can be trained on, and [(reason, name)] of the others."""
     samples, problems = read_shard(folder, shard)
     good = len(samples)
@@ -57,7 +40,15 @@ def main(argv=None):
     _, folders = load_config(Config, globals(), argv)
     if len(folders) != 1:
         raise ValueError(f"takes one folder of shards, not {len(folders)}")
-    if check_shards(folders[0]):
+    shards, pairs, problems = find_shards(folders[0]), 0, {}
+    progress = Progress("checking", len(shards), "shards")
+    workers = workers_for(size for size, _ in shards.values())
+    for good, some in in_order(partial(check_shard, folders[0]), shards, workers):
+        pairs += good
+        add_problems(problems, some)
+        progress.add()
+    print(f"{folders[0]}: {pairs:,} good pairs", *report(problems), sep="\n")
+    if problems.keys() - {FROM_JSON}:
         sys.exit(1)
 
 

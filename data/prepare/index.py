@@ -126,10 +126,10 @@ def report(problems):
 # ---------------------------------------------------------------- the index
 
 def build_index(folder, tokenizer):
-    """Build the index that fits FOLDER's shards, unless another process does; see find_index.
+    """Build the index that fits FOLDER's shards, once for all processes; see find_index.
 
-    Raises ValueError without a usable pair. Of several processes without a lock, the first
-    that finishes puts its index in place; a lock only saves the work of the others.
+    The first that is finished stays; a lock only saves the others' work. Raises ValueError
+    without a usable pair.
     """
     name = tokenizer.fingerprint if tokenizer else "none"
     if tokenizer and tokenizer.size > 2**16:

@@ -36,8 +36,7 @@ def write_shards(folder, samples, per_shard=10_000):
 
     key: without a dot in its last part. kind: one of IMAGE_KINDS. captions: str or None; white
     space becomes single spaces, lone surrogates become "?", None and blank ones are left out.
-    What is amiss in a sample is written all the same: indexing counts and names it. Raises
-    ValueError for a folder that has shards.
+    Indexing counts and names what is amiss. Raises ValueError for a folder that has shards.
     """
     if any(Path(folder).glob("*.tar")):
         raise ValueError(f"{folder} holds .tar files already; delete them or name another")
@@ -65,9 +64,8 @@ def write_set(folder, name, classnames, templates, samples, family=None,
               dataset_type="classification", per_shard=10_000):
     """Write folder/wds_<name>_test as data/benchmarks.py reads it, whole or not at all.
 
-    samples: iterable of (key, extension, image bytes, label); label: int, list of captions
-    (retrieval), or (C,) array of 0 and 1 (multilabel). family: the row group it is averaged in.
-    Returns its path.
+    samples: (key, extension, image bytes, label); label: int, list of captions (retrieval), or
+    (C,) array of 0 and 1 (multilabel). family: that it is averaged in. Returns its path.
     """
     target = os.path.join(folder, f"wds_{name}_test")
     if os.path.exists(target):
