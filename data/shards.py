@@ -51,8 +51,6 @@ def _json_caption(raw):
     return " ".join(words).encode(errors="replace")
 
 
-# ---------------------------------------------------------------- the index
-
 def index_shards(folder, tokenizer=None):
     """Build FOLDER's index unless a fitting one is there; return the number of pairs.
 
@@ -120,8 +118,6 @@ def find_index(folder, tokenizer=None):
     return None
 
 
-# ---------------------------------------------------------------- random access
-
 class Shards:
     """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
 
@@ -185,11 +181,7 @@ class Shards:
         return f"{self._shards[row['shard']]}:{key.tobytes().decode(errors='replace')}"
 
     def _read(self, shard, at, size):
-        file = self._file(int(shard))
-        raw = os.pread(file.fileno(), int(size), int(at))
-        if len(raw) != size:
-            raise ValueError(f"{file.name} became shorter while it was in use")
-        return raw
+        return os.pread(self._file(shard).fileno(), size, at)
 
 
 def allow_open_files(count):

@@ -590,15 +590,6 @@ def test_all_shards_stay_open_as_far_as_the_limit_of_open_files_allows(tmp_path,
     assert done.stdout.split() == [str(kept)], done.stderr
 
 
-def test_a_shard_cut_while_in_use_is_an_error(tmp_path):
-    write_shards(tmp_path, samples(2))
-    index_shards(tmp_path)
-    pairs = Shards(tmp_path)
-    os.truncate(tmp_path / "00000.tar", 600)
-    with pytest.raises(ValueError, match="00000.tar became shorter while it was in use"):
-        pairs[1]
-
-
 # ---------------------------------------------------------------- check
 
 def test_check_reports_bad_members_by_reason_and_exits_1(tmp_path, capsys):

@@ -13,6 +13,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,6 @@ FROM_JSON = "caption from .json"
 KEPT = ("duplicate key", "caption not UTF-8", FROM_JSON)
 
 
-# ---------------------------------------------------------------- reading one shard
-
 def read_members(path):
     """The whole regular files of a tar, and where it breaks off.
 
@@ -40,20 +39,17 @@ def read_members(path):
     """
     members, last, whole = [], b"", False
     length = os.path.getsize(path)
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
-                for member in tar:
-                    if not 0 <= member.size <= length - member.offset_data:
-                        break
-                    last = member.name.encode(errors="surrogateescape")
-                    if member.isreg():
-                        members.append((last, member.offset_data, member.size))
-                # At a damaged header tarfile stops without a word. A whole tar ends in zeros.
-                rest = os.pread(file.fileno(), 2**20, tar.offset)
-                whole = len(rest) >= 512 and not rest.strip(b"\0")
-        except tarfile.TarError:
-            whole = False
+    with open(path, "rb") as file, suppress(tarfile.TarError):
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            for member in tar:
+                if not 0 <= member.size <= length - member.offset_data:
+                    break
+                last = member.name.encode(errors="surrogateescape")
+                if member.isreg():
+                    members.append((last, member.offset_data, member.size))
+            # At a damaged header tarfile stops without a word. A whole tar ends in zeros.
+            rest = os.pread(file.fileno(), 2**20, tar.offset)
+            whole = len(rest) >= 512 and not rest.strip(b"\0")
     return members, None if whole else last
 
 
@@ -122,8 +118,6 @@ def report(problems):
         lines.append(f"  {entry['count']:,} x {reason} ({fate}): {names}")
     return lines
 
-
-# ---------------------------------------------------------------- the index
 
 def build_index(folder, tokenizer):
     """Build the index that fits FOLDER's shards, once for all processes; see find_index.
