@@ -143,17 +143,17 @@ def build_index(folder, tokenizer):
 
 def _build(folder, tokenizer, draft, target):
     """Index the shards one by one in `draft`, join the parts, and put the whole in place."""
-    shards, jobs = find_shards(folder), {}
+    shards, parts = find_shards(folder), {}
     draft.mkdir(exist_ok=True)
     for shard, (size, digest) in shards.items():
         # a part's name says what it was made from: those of an interrupted build serve again
-        jobs[shard] = draft / f"{shard.replace('/', '+')}.{size}.{digest}.npz"
-    todo = [(shard, part) for shard, part in jobs.items() if not part.exists()]
+        parts[shard] = draft / f"{shard.replace('/', '+')}.{size}.{digest}.npz"
+    todo = [(shard, part) for shard, part in parts.items() if not part.exists()]
     workers = workers_for(shards[shard][0] for shard, _ in todo)
-    progress = Progress("indexing", len(jobs), "shards", done=len(jobs) - len(todo))
+    progress = Progress("indexing", len(parts), "shards", done=len(parts) - len(todo))
     for _ in in_order(partial(_index_shard, folder, tokenizer), todo, workers):
         progress.add()
-    arrays, digests, problems = _join(jobs.values())
+    arrays, digests, problems = _join(parts.values())
     pairs, captions = len(arrays["samples"]), len(arrays["starts"]) - 1
     if not pairs:
         raise ValueError(f"{folder} holds no usable pair:{''.join(report(problems))}")
@@ -190,7 +190,8 @@ def _index_shard(folder, tokenizer, job):
         keys += key
         captions += lines
     rows, ids, starts = np.array(rows, SAMPLE), [], []
-    for some in tokenizer.encode(captions) if tokenizer else [[]] * len(captions):
+    encoded = tokenizer.encode(captions) if tokenizer else [[]] * len(captions)
+    for some in encoded:
         starts.append(len(ids))
         ids += some
     digest = hashlib.sha256(rows.tobytes() + keys + "\n".join(captions).encode())
