@@ -6,16 +6,15 @@
     FOLDER/index/VOCABULARY/ samples.npy, keys.npy, ids.npy, starts.npy, index.json
 
 Where FOLDER itself has no shards, those of its subfolders are taken, but for SET_ASIDE.
-
-An index is memory-mapped and takes about 110 bytes a pair. data/prepare/index.py builds it.
-It is stale when a shard's name, size, or first or last 64 kB change; times do not count. If
-FOLDER cannot be written, the index goes to $XDG_CACHE_HOME, else ~/.cache.
+An index takes about 110 bytes a pair. data/prepare/index.py builds it anew when a shard's name,
+size, or first or last 64 kB change.
 """
 import glob
 import hashlib
 import json
 import os
 import resource
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,20 +24,17 @@ IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SET_ASIDE = {"held_out", "val", "valid", "validation", "test", "index"}  # never trained on
 FORMAT = "perceptual-clip index 2"
 # One row a pair. Offsets are in bytes: of members in their shard, of keys in keys.npy's data.
-# json is 1 if the caption is in a .json. It was the upper half of key_size in index 1: with 0 a
-# row has the same bytes as then, and so fingerprints have not changed.
-SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"),
-                   ("image_at", "u8"), ("image_size", "u8"),
-                   ("text_at", "u8"), ("text_size", "u8"),
+# json is 1 if the caption is in a .json. Fingerprints are made of these bytes.
+SAMPLE = np.dtype([("shard", "u4"), ("captions", "u4"), ("image_at", "u8"),
+                   ("image_size", "u8"), ("text_at", "u8"), ("text_size", "u8"),
                    ("first_caption", "u8"), ("key_at", "u8"), ("key_size", "u2"),
                    ("json", "u2")])
 
 
 def caption_lines(raw, is_json=False):
-    """Bytes of a .txt member -> its captions: UTF-8 lines, stripped, without the blank ones.
+    """Bytes of a .txt member -> its lines that are not blank; of a .json, the caption in it.
 
-    Of a .json member, the one under "caption" or "text". Bytes that are not UTF-8 become
-    U+FFFD; NUL, which marks the ends of words for data/text.py, becomes a space.
+    Bytes that are not UTF-8 become U+FFFD; NUL, the end of a word in data/text.py, a space.
     """
     if is_json:
         raw = _json_caption(raw)
@@ -49,30 +45,19 @@ def caption_lines(raw, is_json=False):
 def _json_caption(raw):
     try:
         fields = json.loads(raw)
-    except ValueError:  # not JSON, or not UTF-8
+        words = (fields.get("caption") or fields.get("text")).split()
+    except (ValueError, AttributeError):  # not JSON, or no text under these names
         return b""
-    for name in ("caption", "text"):
-        if isinstance(fields, dict) and isinstance(fields.get(name), str):
-            return " ".join(fields[name].split()).encode(errors="replace")
-    return b""
+    return " ".join(words).encode(errors="replace")
 
-
-def where(shard, key):
-    """A place in a shard, for people: "00000.tar:key"."""
-    return f"{shard}:{key.decode(errors='replace')}"
-
-
-# ---------------------------------------------------------------- the index
 
 def index_shards(folder, tokenizer=None):
     """Build FOLDER's index unless a fitting one is there; return the number of pairs.
 
-    With a tokenizer it holds the captions' token ids too; each vocabulary has its own index.
-    Its fingerprint, which checkpoints remember, covers names, sizes, keys and captions. Several
-    processes may call at once: one builds, the others wait. Raises FileNotFoundError without
-    shards, ValueError without a usable pair.
+    With a tokenizer it holds token ids. Of several processes one builds, the others wait.
+    Raises FileNotFoundError without shards, ValueError without a usable pair.
     """
-    found = find_index(folder, tokenizer.fingerprint if tokenizer else "none")
+    found = find_index(folder, tokenizer)
     if found is None:
         from data.prepare.index import build_index  # here, as all later starts only read
         found = build_index(folder, tokenizer)
@@ -87,8 +72,7 @@ def find_shards(folder):
             if SET_ASIDE.isdisjoint(name.split("/")) and ".unfinished/" not in name:
                 names.append(name)
     if not names:
-        raise FileNotFoundError(f"{folder} holds no .tar shards; "
-                                "see python -m data.prepare.own --help")
+        raise FileNotFoundError(f"{folder} holds no .tar shards; see data/prepare/own.py")
     shards = {}
     for name in sorted(names):
         with open(Path(folder, name), "rb") as file:
@@ -99,43 +83,52 @@ def find_shards(folder):
     return shards
 
 
-def index_places(folder):
-    """Where the indexes of a folder may be: in it, or in a cache if it cannot be written."""
+def cache_folder(folder):
+    """Stands for FOLDER/index if that cannot be written: in $XDG_CACHE_HOME, else ~/.cache."""
     path = Path(folder).resolve()
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return path / "index", Path(cache, "perceptual-init", f"{path.name}-{digest}")
+    return Path(cache, "perceptual-init", f"{path.name}-{digest}")
 
 
-def find_index(folder, name="*"):
-    """(folder, content of index.json) of the index NAME if it fits the shards, else None."""
-    shards = find_shards(folder)
-    for place in index_places(folder):
-        for made in sorted(glob.glob(name, root_dir=place)):  # hidden ones are not finished
-            path = place / made / "index.json"
-            if not path.is_file():
-                continue
-            index = json.loads(path.read_text())
+def index_folder(folder):
+    """Path of a folder for what is made from FOLDER's files: its index/, else cache_folder."""
+    place = Path(folder, "index")
+    try:
+        place.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()  # os.access is wrong about network disks
+    except OSError as error:
+        place = cache_folder(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        print(f"{folder}: {error.strerror}; its index goes to {place} (set XDG_CACHE_HOME)")
+    return place
+
+
+def find_index(folder, tokenizer=None):
+    """(its folder, content of its index.json) of the index that fits FOLDER's shards, or None.
+
+    Without a tokenizer the index of any vocabulary will do.
+    """
+    name, shards = tokenizer.fingerprint if tokenizer else "*", find_shards(folder)
+    for place in (Path(folder, "index"), cache_folder(folder)):
+        for found in sorted(glob.glob(f"{name}/index.json", root_dir=place)):  # no hidden ones
+            index = json.loads((place / found).read_text())
             if index["format"] == FORMAT and index["shards"] == shards:
-                return path.parent, index
+                return (place / found).parent, index
     return None
 
-
-# ---------------------------------------------------------------- random access
 
 class Shards:
     """The pairs of an indexed folder by number: `Shards(folder)[i]` -> (image bytes, captions).
 
-    With a tokenizer, `ids` gives stored token ids; without, any vocabulary's index will do.
-    Cheap to send to a worker process: it maps arrays again and opens shards when it reads them.
-    Raises FileNotFoundError without an index of the shards as they are.
+    With a tokenizer, `ids` gives its token ids. Cheap to send to a worker process, which maps
+    the index again. Raises FileNotFoundError without an index of the shards as they are.
     """
 
     def __init__(self, folder, tokenizer=None):
-        found = find_index(folder, tokenizer.fingerprint if tokenizer else "*")
+        found = find_index(folder, tokenizer)
         if found is None:
-            raise FileNotFoundError(f"{folder} has no index of its shards as they are now; "
-                                    "data.shards.index_shards makes one")
+            raise FileNotFoundError(f"{folder} has no index of its shards as they are now")
         place, index = found
         self.__setstate__((Path(folder), place, list(index["shards"]), index["fingerprint"]))
 
@@ -144,16 +137,13 @@ class Shards:
 
     def __setstate__(self, state):
         self.folder, self._place, self._shards, self.fingerprint = state
-        self._samples = self._map("samples")
-        self._keys = self._map("keys")
-        self._ids = self._map("ids")
-        self._starts = self._map("starts")
-        # Files need no closing here: one that is dropped closes when its last reader is done.
-        # pread moves no position, so threads and forked workers may share them.
+        arrays = []
+        for name in ("samples", "keys", "ids", "starts"):
+            mapped = np.load(self._place / f"{name}.npy", mmap_mode="r")
+            arrays.append(np.asarray(mapped))  # np.memmap's own indexing takes 2 us more
+        self._samples, self._keys, self._ids, self._starts = arrays
+        # A file closes when it is dropped; pread lets threads and forked workers share it.
         self._file = lru_cache(allow_open_files(len(self._shards)))(self._open)
-
-    def _map(self, name):  # as a plain array: np.memmap's own indexing takes 2 us more
-        return np.asarray(np.load(self._place / f"{name}.npy", mmap_mode="r"))
 
     def _open(self, shard):
         return open(self.folder / self._shards[shard], "rb", buffering=0)
@@ -188,22 +178,17 @@ class Shards:
         """Where sample i lies, for people: "00000.tar:key"."""
         row = self._samples[i]
         key = self._keys[row["key_at"]:row["key_at"] + row["key_size"]]
-        return where(self._shards[row["shard"]], key.tobytes())
+        return f"{self._shards[row['shard']]}:{key.tobytes().decode(errors='replace')}"
 
     def _read(self, shard, at, size):
-        file = self._file(int(shard))
-        raw = os.pread(file.fileno(), int(size), int(at))
-        if len(raw) != size:
-            raise ValueError(f"{file.name} became shorter while it was in use")
-        return raw
+        return os.pread(self._file(shard).fileno(), size, at)
 
 
 def allow_open_files(count):
     """How many of `count` files to keep open: at most half of the limit, raised if need be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = max(soft, 2**20)
-    if soft != resource.RLIM_INFINITY and soft < 2 * count:
-        soft = min(2 * count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return count if soft == resource.RLIM_INFINITY else min(count, soft // 2)
+    if soft == resource.RLIM_INFINITY or soft >= 2 * count:
+        return count
+    soft = 2 * count if hard == resource.RLIM_INFINITY else min(2 * count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft // 2
