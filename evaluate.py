@@ -33,7 +33,6 @@ from data.images import eval_image, normalise
 from data.log import Progress, run_main
 from data.ranks import Ranks
 from data.text import Tokenizer
-from data.triplets import Triplets
 from model import CLIP, SIZES, VisionTower, load, read_checkpoint
 
 # -------------------------------------------------------------------------- metrics
@@ -365,7 +364,7 @@ def draw_weights(path, config):
 def jobs_for(model, jobs):
     """Those that a model can do: a tower without text has judgements only."""
     path = model.about["checkpoint"]
-    judgements = {name: job for name, job in jobs.items() if isinstance(job, Triplets)}
+    judgements = {name: job for name, job in jobs.items() if job.type == "2afc"}
     if model.clip is None and not judgements:
         raise ValueError(f"{path}: is a vision tower only; give --nights")
     if model.clip and not model.tokenizer and len(judgements) < len(jobs):
@@ -395,7 +394,7 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
         label = f"{name}: {key}"
         how = {"batch_size": config.batch_size, "workers": config.workers,
                "dtype": config.dtype, "ranks": ranks, "label": label if ranks.rank == 0 else ""}
-        if isinstance(job, Triplets):
+        if job.type == "2afc":
             size = model.vision.config.image_size
             tasks = evaluate_triplets(model.vision, job, size, device, **how)
         else:
@@ -428,7 +427,7 @@ def main(argv=None):
     paths = {}  # result's name: checkpoint
     for checkpoints in runs.values():
         paths |= checkpoints
-    jobs = {}  # task's name: BenchmarkSet or Triplets
+    jobs = {}  # task's name: BenchmarkSet or data.triplets.Triplets
     if config.benchmarks:
         for name, folder in find_sets(config.benchmarks).items():
             jobs[name] = BenchmarkSet(folder)
@@ -436,6 +435,7 @@ def main(argv=None):
             if difference and not config.partial:
                 raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
     if config.nights:
+        from data.triplets import Triplets
         jobs["nights"] = Triplets(config.nights, "test")
     if not (jobs or config.images):
         raise ValueError("nothing to do; give --benchmarks, --nights or --images")

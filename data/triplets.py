@@ -49,6 +49,8 @@ class Triplets:
     as a spreadsheet does, the header being row 1.
     """
 
+    type = "2afc"  # beside the types of a BenchmarkSet
+
     def __init__(self, path, split, min_votes=6, fraction=1.0, shuffle_votes=False, seed=0):
         if split not in SPLITS:
             raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
