@@ -253,8 +253,10 @@ def build(config, tokenizer):
 def load_run(path, clip, optimizer, data, config):
     """Put the run saved at `path` back; returns (step, bad counts, {setting: (old, new)})."""
     saved = read_checkpoint(path)
-    if not saved["config"].pop("exact_negatives", True):  # a setting of earlier versions
+    if not saved["config"].pop("exact_negatives", True):  # settings of earlier versions
         saved["hooks"] = {"global_loss": "configs.ideas.alone"}
+    if saved["config"].get("overfit") == 0:
+        del saved["config"]["overfit"]
     old, new = (Tokenizer(text).fingerprint for text in (saved["vocabulary"], clip.vocabulary))
     before = {"pairs": saved["data"], "words": old, "hooks": saved.get("hooks", {})}
     now = {"pairs": data, "words": new, "hooks": replaced_functions()}

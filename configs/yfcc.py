@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=8 pretrain.py configs/yfcc.py                      # ViT-B-32
     torchrun --nproc_per_node=8 pretrain.py configs/yfcc.py --model=ViT-L-14     # its own values
 
-Their batch is 6,144 pairs a GPU (1024 x 6 accumulated) on the 3 GPUs of their plan. Here all 18,432
-see each other, on any number of GPUs that divides them; exact_negatives = False with
-micro_batch = 1024 is their arithmetic.
+Their batch is 6,144 pairs a GPU (1024 x 6 accumulated) on the 3 GPUs of their plan. Here all
+18,432 see each other, on any number of GPUs that divides them; configs/ideas/alone.py is their
+arithmetic.
 """
 from configs import given
 
@@ -21,7 +21,6 @@ warmup_steps = 10_000 if model == "ViT-L-14" else 2500
 # Pairs in memory at once on a GPU, by estimate for 80 GB; the result does not depend on it.
 micro_batch = {"ViT-B-16": 576, "ViT-L-14": 768, "ViT-H-14": 384}.get(model, 0)
 recompute = model in ("ViT-L-14", "ViT-H-14")
-loss_chunk = 2304
 
 # The paper's augmentation. Plain CLIP's is configs/clip_plain.py.
 crop = (0.2, 1.0)

@@ -842,7 +842,7 @@ def test_a_checkpoint_of_groups_goes_on_with_alone_only(arguments, tmp_path):
     from model import write_checkpoint
     here(arguments(tmp_path, "--max_steps=2"))
     content = read_checkpoint(tmp_path / "ckpt.pt")
-    content["config"] |= {"exact_negatives": False, "keep_last": 1}
+    content["config"] |= {"exact_negatives": False, "keep_last": 1, "overfit": 0}
     del content["hooks"]
     write_checkpoint(tmp_path / "ckpt.pt", content)
     with pytest.raises(ValueError, match="hooks was .*configs.ideas.alone"):
