@@ -1,10 +1,12 @@
 """What several rooms' tests share: a small toy world, drawn once."""
+import pathlib
 import sys
 import tempfile
 
 import pytest
 import torch
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # results do not depend on how many cores the machine has
 
 
@@ -15,8 +17,9 @@ def fresh_recipes():
     yield
     sys.path[:] = path
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        if name.startswith("configs.") or file.startswith(tempfile.gettempdir()):
+        file = pathlib.Path(getattr(module, "__file__", None) or "none").resolve()
+        foreign = file.is_relative_to(tempfile.gettempdir()) and not file.is_relative_to(ROOT)
+        if name.startswith("configs.") or foreign:
             del sys.modules[name]
 
 
