@@ -138,3 +138,64 @@ def test_align_equals_the_loop_over_targets_and_without_smoothing_the_plain_loss
     assert ours != pytest.approx(plain(rows), rel=1e-3)
     assert hooks.global_loss(rows, settings(smoothing=0.0), Ranks()).item() == plain(rows)
     assert same_on_two_ranks(hooks, rows, settings(smoothing=0.1))
+
+
+# ---------------------------------------------------------------------------------------- refine
+
+def refine_rows(b=6):
+    rows = random_rows(b)
+    z = unit(b, 8)
+    way = (rows["image"] - z).square().sum(1) + (rows["text"] - z).square().sum(1)
+    return rows | {"way": way, "start_image": unit(b, 8), "start_text": unit(b, 8),
+                   "start_scale": torch.tensor(7.0, dtype=torch.float64)}
+
+
+def test_refine_equals_the_loop_over_targets_and_both_weights_at_zero_are_the_plain_loss():
+    rows, hooks, total = refine_rows(), hooks_of("refine"), 0.0
+    for one, other in (("image", "text"), ("text", "image")):
+        logits = 5.0 * rows[one] @ rows[other].T
+        opinion = (7.0 * rows[f"start_{one}"] @ rows[f"start_{other}"].T).softmax(1)
+        for i in range(6):
+            for j in range(6):
+                target = 0.3 * opinion[i, j] + 0.7 * (i == j)
+                total += target * (target.log() - logits.log_softmax(1)[i, j]) / 12
+    expected = total + 2.0 * rows["way"].mean()
+    ours = hooks.global_loss(rows, settings(pull=2.0, soft=0.3), Ranks())
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
+    off = hooks.global_loss(rows, settings(pull=0.0, soft=0.0), Ranks())
+    assert off.item() == pytest.approx(plain(rows), rel=1e-12)
+    assert same_on_two_ranks(hooks, rows, settings(pull=2.0, soft=0.3))
+
+
+def test_refine_with_the_starts_own_opinion_has_nothing_to_learn_at_the_start():
+    hooks, clip, config = hooks_of("refine"), toy_clip(), settings(pull=0.0, soft=1.0)
+    hooks.prepare_model(clip, config)
+    rows = hooks.encode(clip, toy_batch() | {"z": F.normalize(torch.randn(4, 64), dim=1)}, config)
+    loss = hooks.global_loss(rows, config, Ranks())
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert max(p.grad.abs().max() for p in clip.parameters() if p.grad is not None) < 1e-6
+    assert all(p.grad is None for p in clip.extra.start.parameters())
+
+
+def test_refine_pulls_both_of_a_pair_to_one_vector_of_unit_length(toy_pairs):
+    pairs, _ = toy_pairs("refine")
+    batch = pairs.__getitems__([(0, i) for i in range(8)])
+    assert torch.allclose(batch["z"].norm(dim=1), torch.ones(8))
+    assert len({tuple(z.tolist()) for z in batch["z"]}) == 8
+    hooks, clip = hooks_of("refine"), toy_clip()
+    hooks.prepare_model(clip, None)
+    rows = hooks.encode(clip, toy_batch() | {"z": batch["z"][:4]}, None)
+    for i in range(4):
+        to_z = [(rows[name][i] - batch["z"][i]).norm() ** 2 for name in ("image", "text")]
+        assert rows["way"][i].item() == pytest.approx(sum(to_z).item(), rel=1e-5)
+
+
+def test_refine_keeps_its_start_and_says_so_if_there_is_none(short_run, start, tmp_path):
+    weights = short_run("refine", tmp_path / "a", f"--init={start}", "--lr=1e-3")
+    before = read_checkpoint(start)["weights"]
+    for name, tensor in before.items():
+        assert torch.equal(weights[f"extra.start.{name}"], tensor)
+    assert not torch.equal(weights["vision.projection.weight"], before["vision.projection.weight"])
+    with pytest.raises(FileNotFoundError, match="none.pt: no such file"):
+        short_run("refine", tmp_path / "b", f"--init={tmp_path}/none.pt")
