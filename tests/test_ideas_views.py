@@ -199,3 +199,60 @@ def test_refine_keeps_its_start_and_says_so_if_there_is_none(short_run, start, t
     assert not torch.equal(weights["vision.projection.weight"], before["vision.projection.weight"])
     with pytest.raises(FileNotFoundError, match="none.pt: no such file"):
         short_run("refine", tmp_path / "b", f"--init={tmp_path}/none.pt")
+
+
+# ------------------------------------------------------------------------------------------- lit
+
+def tower_of(weights, tower):
+    return weights_checksum({name: tensor for name, tensor in weights.items()
+                             if name.startswith(f"{tower}.")})
+
+
+@pytest.mark.parametrize("lock, learns", [("vision", "text"), ("text", "vision")])
+def test_lit_leaves_the_locked_tower_as_it_was(short_run, start, tmp_path, lock, learns):
+    weights = short_run("lit", tmp_path, "--init_vision=", f"--init={start}", f"--lock={lock}")
+    before = read_checkpoint(start)["weights"]
+    assert tower_of(weights, lock) == tower_of(before, lock)
+    assert tower_of(weights, learns) != tower_of(before, learns)
+
+
+def test_lit_locks_the_tower_that_stage_1_left(short_run, tmp_path):
+    vision = toy_clip(seed=5).vision
+    write_checkpoint(tmp_path / "stage1.pt", {
+        "format": pretrain.FORMAT, "kind": "vision", "weights": vision.state_dict(),
+        "model": dataclasses.asdict(vision.config)})
+    weights = short_run("lit", tmp_path / "run", f"--init_vision={tmp_path}/stage1.pt")
+    for name, tensor in vision.state_dict().items():
+        assert torch.equal(weights[f"vision.{name}"], tensor)
+
+
+def test_lit_with_projectors_trains_them_and_the_temperature_only(short_run, start, tmp_path):
+    weights = short_run("lit", tmp_path, "--projectors", "--init_vision=", f"--init={start}")
+    before = read_checkpoint(start)["weights"]
+    assert "vision.projection.mlp.0.weight" in weights and "text.projection.mlp.2.bias" in weights
+    for name, tensor in before.items():
+        where = name.replace("projection.", "projection.linear.")
+        changes = "projection." in name or name == "logit_scale"
+        assert torch.equal(weights[where], tensor) != changes, name
+
+
+def test_a_projector_is_the_old_projection_and_a_perceptron():
+    clip = toy_clip()
+    config = settings(lock="vision", projectors=True, init="some.pt")
+    old, x = clip.text.projection, torch.randn(5, 96)
+    hooks_of("lit").prepare_model(clip, config)
+    new = clip.text.projection
+    assert torch.equal(new(x), old(x) + new.mlp(x))
+    trained = [name for group in optimizer_groups(clip, 0.1) for name in group["names"]]
+    assert all(".projection." in name or name == "logit_scale" for name in trained)
+    assert len(trained) == 2 * 5 + 1  # W, two layers with biases
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"lock": "picture"}, "lock=picture: must be vision or text"),
+    ({"lock": "text"}, "init=: a locked text tower needs weights"),
+    ({"projectors": True}, "init=: a locked text tower needs weights")])
+def test_lit_says_what_it_cannot_lock(values, message):
+    config = settings(**({"lock": "vision", "projectors": False, "init": ""} | values))
+    with pytest.raises(ValueError, match=message):
+        hooks_of("lit").prepare_model(toy_clip(), config)
