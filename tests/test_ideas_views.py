@@ -256,3 +256,75 @@ def test_lit_says_what_it_cannot_lock(values, message):
     config = settings(**({"lock": "vision", "projectors": False, "init": ""} | values))
     with pytest.raises(ValueError, match=message):
         hooks_of("lit").prepare_model(toy_clip(), config)
+
+
+# ---------------------------------------------------------------------------------------- mosaic
+
+def test_a_mosaic_laid_back_is_its_images_at_half_their_size():
+    views = torch.randn(8, 3, 32, 32)
+    mosaics = private("mosaic")._mosaics(views)
+    assert mosaics.shape == (2, 3, 32, 32)
+    for i in range(8):
+        down, right = 16 * (i % 4 // 2), 16 * (i % 2)
+        small = F.interpolate(views[i:i + 1], (16, 16), mode="bilinear", antialias=True)[0]
+        assert torch.equal(mosaics[i // 4, :, down:down + 16, right:right + 16], small)
+
+
+@pytest.mark.parametrize("side", [4, 6])
+def test_a_quarter_is_the_mean_of_its_own_images_patches(side):
+    mosaic = private("mosaic")
+    grey = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 8 * side, 8 * side)  # image i is i
+    patches = mosaic._mosaics(grey).unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5))
+    quarters = mosaic._quarters(patches.flatten(1)[:, :, None])           # (2, P, 1) -> (2, 4, 1)
+    assert torch.allclose(quarters.flatten(), torch.arange(8.0), atol=1e-5)
+    tokens = torch.randn(2, side * side, 5)
+    plane = tokens.unflatten(1, (side, side))
+    by_hand = plane[:, :side // 2, side // 2:].mean((1, 2))               # top right
+    assert torch.allclose(mosaic._quarters(tokens)[:, 1], by_hand, atol=1e-6)
+
+
+def test_mosaic_at_weight_0_is_the_plain_loss_and_adds_that_of_the_quarters():
+    rows, hooks = random_rows(8), hooks_of("mosaic")
+    rows["quarter"] = unit(8, 8)
+    assert hooks.global_loss(rows, settings(weight=0.0), Ranks()).item() == plain(rows)
+    expected = plain(rows) + 0.5 * plain(rows | {"image": rows["quarter"]})
+    ours = hooks.global_loss(rows, settings(weight=0.5), Ranks()).item()
+    assert ours == pytest.approx(expected, rel=1e-12)
+    assert same_on_two_ranks(hooks, rows, settings(weight=0.5))
+
+
+def test_each_row_of_quarters_belongs_to_the_image_of_its_row():
+    hooks, clip, batch = hooks_of("mosaic"), toy_clip(), toy_batch(8)
+    config = settings(prompter=False)
+    before = hooks.encode(clip, batch, config)["quarter"]
+    batch["views"][5] += 1
+    change = (hooks.encode(clip, batch, config)["quarter"] - before).norm(dim=1)
+    assert change.argmax() == 5 and change[:4].max() == 0  # the second mosaic's second quarter
+
+
+def test_the_prompters_queries_learn_and_tell_quarters_apart(short_run, tmp_path):
+    weights = short_run("mosaic", tmp_path, "--prompter")
+    torch.manual_seed(42)
+    hooks, clip, config = hooks_of("mosaic"), toy_clip(), settings(
+        prompter=True, batch_size=16, micro_batch=0)
+    hooks.prepare_model(clip, config)
+    assert weights["extra.queries"].shape == (4, 64)
+    rows = hooks.encode(clip, toy_batch(8), config)
+    rows["quarter"].sum().backward()
+    assert rows["quarter"].shape == (8, 64) and clip.extra.queries.grad.abs().min(1).values.any()
+    assert not torch.allclose(rows["quarter"][0], rows["quarter"][1], atol=1e-3)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"batch_size": 18, "micro_batch": 0}, "batch_size / ranks=18: mosaics need a multiple of 4"),
+    ({"batch_size": 16, "micro_batch": 6}, "micro_batch=6: mosaics need a multiple of 4")])
+def test_mosaic_says_that_four_images_make_one(values, message):
+    with pytest.raises(ValueError, match=message):
+        hooks_of("mosaic").prepare_model(toy_clip(), settings(prompter=False, **values))
+
+
+def test_mosaic_counts_a_ranks_own_images(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = settings(prompter=False, batch_size=24, micro_batch=0)
+    with pytest.raises(ValueError, match="batch_size / ranks=6"):
+        hooks_of("mosaic").prepare_model(toy_clip(), config)
