@@ -328,3 +328,97 @@ def test_mosaic_counts_a_ranks_own_images(monkeypatch):
     config = settings(prompter=False, batch_size=24, micro_batch=0)
     with pytest.raises(ValueError, match="batch_size / ranks=6"):
         hooks_of("mosaic").prepare_model(toy_clip(), config)
+
+
+# ---------------------------------------------------------------------------------------- pixpro
+
+def agreement_by_loops(x, t, crop, other):
+    """Of one image: x, t (P, E) of its crops, crop and other (x, y, side)."""
+    P, side, found = len(x), round(len(x) ** 0.5), []
+
+    def centre(box, patch):
+        return (box[0] + (patch % side + 0.5) / side * box[2],
+                box[1] + (patch // side + 0.5) / side * box[2])
+
+    for i in range(P):
+        y = sum(max(float(x[i] @ x[j]), 0) ** 2 * x[j] for j in range(P))
+        for k in range(P):
+            diagonal = math.sqrt(2) * max(crop[2], other[2]) / side
+            if math.dist(centre(crop, i), centre(other, k)) < 0.7 * diagonal:
+                found.append(float(y @ t[k] / y.norm()))
+    return sum(found) / max(len(found), 1), len(found)
+
+
+def test_pixpro_equals_the_loop_over_patches():
+    torch.manual_seed(2)
+    x, t = unit(4, 9, 6), unit(4, 9, 6)
+    crops = torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.3, 0.6], [0.2, 0.2, 0.5], [0.0, 0.0, 0.45]])
+    others = torch.tensor([[0.2, 0.4, 0.5], [0.3, 0.2, 0.7], [0.2, 0.2, 0.5], [0.55, 0.55, 0.45]])
+    ours = private("pixpro")._agreement(x, t, crops.double(), others.double())
+    counts = []
+    for i in range(4):
+        expected, count = agreement_by_loops(x[i], t[i], crops[i].tolist(), others[i].tolist())
+        assert ours[i].item() == pytest.approx(expected, abs=1e-9)
+        counts.append(count)
+    assert counts[0] and counts[1] and counts[3] == 0  # crops without a common place say nothing
+
+
+def test_in_identical_crops_a_patch_is_paired_with_itself_alone():
+    x, t = torch.eye(16)[None], torch.eye(16)[None]  # orthogonal patches: y is x
+    crop = torch.tensor([[0.1, 0.2, 0.7]])
+    assert private("pixpro")._agreement(x, t, crop, crop).item() == 1
+    shifted = t.roll(1, 1)
+    assert private("pixpro")._agreement(x, shifted, crop, crop).item() == 0
+
+
+def test_pixpro_shows_the_towers_what_its_crops_name():
+    hooks, clip, seen = hooks_of("pixpro"), toy_clip(), []
+    hooks.prepare_model(clip, None)
+    clip.vision.register_forward_pre_hook(lambda tower, inputs: seen.append(inputs[0]))
+    batch, config = toy_batch(2), settings(image_size=32)
+    batch["crops"] = torch.tensor([[[0.0, 0.0, 1.0], [0.5, 0.25, 0.5]]]).expand(2, 2, 3)
+    rows = hooks.encode(clip, batch, config)
+    assert rows["agree"].shape == (2,) and seen[0].shape == (4, 3, 32, 32)
+    assert torch.allclose(seen[0][:2], batch["views"], atol=1e-5)         # the whole view
+    part = F.interpolate(batch["views"][:, :, 8:24, 16:], (32, 32), mode="bilinear")
+    assert torch.allclose(seen[0][2:, :, 1:-1, 1:-1], part[:, :, 1:-1, 1:-1], atol=1e-5)
+
+
+def test_both_directions_of_pixpro_count_and_weight_0_is_the_plain_loss():
+    hooks, clip, config = hooks_of("pixpro"), toy_clip(), settings(image_size=32, weight=0.5)
+    hooks.prepare_model(clip, config)
+    clip.vision.projection.weight.data.mul_(1 + torch.rand_like(clip.vision.projection.weight))
+    batch = toy_batch(2)
+    batch["crops"] = torch.tensor([[[0.0, 0.0, 1.0], [0.3, 0.1, 0.6]]] * 2)
+    rows = hooks.encode(clip, batch, config)
+    exchanged = hooks.encode(clip, batch | {"crops": batch["crops"].flip(1)}, config)
+    assert torch.allclose(rows["agree"], exchanged["agree"], atol=1e-6)
+    one = private("pixpro")._centres(batch["crops"][:, 0], 32)
+    assert one.shape == (2, 1024, 2)
+    expected = plain(rows) - 0.5 * rows["agree"].mean().item()
+    assert hooks.global_loss(rows, config, Ranks()).item() == pytest.approx(expected, rel=1e-6)
+    off = hooks.global_loss(rows, settings(weight=0.0), Ranks())
+    assert off.item() == plain(rows)
+
+
+def test_pixpros_crops_lie_in_the_view(toy_pairs):
+    pairs, _ = toy_pairs("pixpro")
+    crops = pairs.__getitems__([(0, i) for i in range(200)])["crops"].flatten(0, 1)
+    assert crops.min() >= 0 and (crops[:, :2] + crops[:, 2:]).max() <= 1 + 1e-6
+    assert crops[:, 2].min() < 0.5 and crops[:, 2].max() > 0.95
+    assert len(crops.unique(dim=0)) == 400
+
+
+def test_pixpros_teacher_is_the_moving_average_of_the_tower():
+    hooks, clip, config = hooks_of("pixpro"), toy_clip(), settings(momentum=0.9)
+    hooks.prepare_model(clip, config)
+    before = {name: tensor.clone() for name, tensor in clip.vision.state_dict().items()}
+    for tensor in clip.vision.parameters():
+        tensor.data.add_(torch.randn_like(tensor))
+    clip.logit_scale.data.fill_(9.0)
+    hooks.after_step(clip, 0, 10, config)
+    now = clip.vision.state_dict()
+    for name, tensor in clip.extra.teacher.state_dict().items():
+        assert torch.allclose(tensor, 0.9 * before[name] + 0.1 * now[name], atol=1e-6)
+    assert clip.logit_scale.item() == pytest.approx(math.log(100))
+    assert not any(p.requires_grad for p in clip.extra.teacher.parameters())
