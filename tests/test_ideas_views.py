@@ -422,3 +422,88 @@ def test_pixpros_teacher_is_the_moving_average_of_the_tower():
         assert torch.allclose(tensor, 0.9 * before[name] + 0.1 * now[name], atol=1e-6)
     assert clip.logit_scale.item() == pytest.approx(math.log(100))
     assert not any(p.requires_grad for p in clip.extra.teacher.parameters())
+
+
+# ---------------------------------------------------------------------------------- slip, rocket
+
+def test_slip_equals_the_loop_over_views_and_at_weight_0_the_plain_loss():
+    rows, hooks = random_rows(5), hooks_of("slip")
+    rows["strong"] = unit(5, 2, 8)
+    views, total = rows["strong"].transpose(0, 1).flatten(0, 1), 0.0      # (10, 8)
+    for i in range(10):
+        others = [torch.exp(views[i] @ views[j] / 0.1) for j in range(10) if j != i]
+        total -= torch.log(torch.exp(views[i] @ views[(i + 5) % 10] / 0.1) / sum(others))
+    ours = hooks.global_loss(rows, settings(weight=0.5), Ranks()).item()
+    assert ours == pytest.approx(plain(rows) + 0.5 * total.item() / 10, rel=1e-12)
+    assert hooks.global_loss(rows, settings(weight=0.0), Ranks()).item() == plain(rows)
+    rows["image"], rows["text"], rows["strong"] = unit(6, 8), unit(6, 8), unit(6, 2, 8)
+    assert same_on_two_ranks(hooks, rows, settings(weight=0.5))
+
+
+def test_slips_views_are_two_of_the_same_picture(toy_pairs):
+    pairs, config = toy_pairs("slip")
+    batch = pairs.__getitems__([(0, i) for i in range(4)])
+    assert batch["strong"].shape == (4, 2, 3, 32, 32) and batch["strong"].dtype == torch.uint8
+    assert batch["strong_draws"].shape == (4, 2, 11)
+    assert not torch.equal(batch["strong"][:, 0], batch["strong"][:, 1])
+    assert not torch.equal(batch["strong_draws"][:, 0], batch["strong_draws"][:, 1])
+    hooks, clip, seen = hooks_of("slip"), toy_clip(), []
+    hooks.prepare_model(clip, config)
+    clip.vision.register_forward_pre_hook(lambda tower, inputs: seen.append(inputs[0]))
+    rows = hooks.encode(clip, toy_batch() | batch | {"tokens": toy_batch()["tokens"]}, config)
+    views = seen[0].unflatten(0, (4, 2))
+    for i in range(4):
+        for k in range(2):
+            alone = pretrain.augment(batch["strong"][i, k][None], batch["strong_draws"][i, k][None],
+                                     private("slip").STRONG)[0]
+            assert torch.allclose(views[i, k], alone, atol=1e-5)
+            row = F.normalize(clip.extra.head(clip.vision(alone[None])), dim=1)[0]
+            assert torch.allclose(rows["strong"][i, k], row, atol=1e-5)
+
+
+def rocket_rows(b=6):
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    return random_rows(b) | {"strong": unit(b, 2, 8), "thinned": unit(b, 8), "strong_scale": scale}
+
+
+def test_rocket_adds_the_smoothed_loss_of_both_views_and_at_weight_0_is_the_plain_loss():
+    rows, hooks = rocket_rows(), hooks_of("rocket")
+    expected = plain(rows)
+    for view in range(2):
+        strong = {"image": rows["strong"][:, view], "text": rows["thinned"], "scale": 3.0}
+        expected += 0.5 * smoothed(strong, 0.1) / 2
+    config = settings(weight=0.5, smoothing=0.1)
+    assert hooks.global_loss(rows, config, Ranks()).item() == pytest.approx(expected, rel=1e-12)
+    off = settings(weight=0.0, smoothing=0.1)
+    assert hooks.global_loss(rows, off, Ranks()).item() == plain(rows)
+    rows |= {"first": rows["strong"][:, 0], "second": rows["strong"][:, 1]}  # as gather is asked
+    assert same_on_two_ranks(hooks, rows, config)
+
+
+def test_rockets_captions_lose_tokens_and_keep_their_order(toy_pairs):
+    pairs, _ = toy_pairs("rocket", dropped=0.3)
+    batch = pairs.__getitems__([(0, i) for i in range(100)])
+    lost, whole = 0, 0
+    for text, thinned in zip(batch["tokens"].tolist(), batch["thinned"].tolist()):
+        rest = iter(text)
+        assert all(token in rest for token in thinned if token)  # in the same order
+        assert thinned[0] == text[0] and max(thinned) == max(text)
+        whole += sum(token > 0 for token in text) - 2
+        lost += sum(token > 0 for token in text) - sum(token > 0 for token in thinned)
+    assert 0.25 < lost / whole < 0.35
+    pairs, _ = toy_pairs("rocket", dropped=0.0)
+    batch = pairs.__getitems__([(0, 0), (0, 1)])
+    assert torch.equal(batch["tokens"], batch["thinned"])
+
+
+def test_rocket_trains_heads_and_a_scale_of_its_own_and_caps_it(short_run, tmp_path):
+    weights = short_run("rocket", tmp_path)
+    assert not torch.equal(weights["extra.head.0.weight"], weights["extra.text_head.0.weight"])
+    assert weights["extra.logit_scale"] != weights["logit_scale"]
+    clip, config = toy_clip(), settings()
+    hooks = hooks_of("rocket")
+    hooks.prepare_model(clip, config)
+    clip.extra.logit_scale.data.fill_(9.0)
+    hooks.after_step(clip, 0, 10, config)
+    assert clip.extra.logit_scale.item() == pytest.approx(math.log(100))
+    assert clip.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
