@@ -507,3 +507,40 @@ def test_rocket_trains_heads_and_a_scale_of_its_own_and_caps_it(short_run, tmp_p
     hooks.after_step(clip, 0, 10, config)
     assert clip.extra.logit_scale.item() == pytest.approx(math.log(100))
     assert clip.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+# ------------------------------------------------------------------------------------------ flip
+
+def test_flip_of_all_patches_is_the_plain_encoding_to_the_bit():
+    hooks, clip, batch = hooks_of("flip"), toy_clip(), toy_batch()
+    batch["noise"] = torch.rand(4, 16)
+    ours, plainly = (encode(clip, batch, settings(share=1.0))
+                     for encode in (hooks.encode, pretrain.encode))
+    for name in ("image", "text", "scale"):
+        assert torch.equal(ours[name], plainly[name])
+
+
+def test_flip_sees_the_patches_with_the_lowest_noise_and_no_other():
+    hooks, clip, batch, config = hooks_of("flip"), toy_clip(), toy_batch(), settings(share=0.25)
+    batch["noise"] = torch.rand(4, 16)
+    kept = batch["noise"].argsort(1)[:, :4]
+    before = hooks.encode(clip, batch, config)["image"]
+    for patch in range(16):
+        views = batch["views"].clone()
+        down, right = 8 * (patch // 4), 8 * (patch % 4)
+        views[:, :, down:down + 8, right:right + 8] += 1
+        changed = (hooks.encode(clip, batch | {"views": views}, config)["image"] != before).any(1)
+        assert torch.equal(changed, (kept == patch).any(1))
+
+
+def test_flip_draws_patches_for_each_image_and_epoch(toy_pairs):
+    pairs, _ = toy_pairs("flip")
+    noise = [pairs.__getitems__([(epoch, i) for i in range(4)])["noise"] for epoch in (0, 0, 1)]
+    assert noise[0].shape == (4, 16) and torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0], noise[2]) and len(noise[0].unique()) == 64
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_flip_says_that_a_share_is_above_0_and_at_most_1(share):
+    with pytest.raises(ValueError, match=f"share={share}: of the patches to keep"):
+        hooks_of("flip").prepare_model(toy_clip(), settings(share=share))
