@@ -544,3 +544,45 @@ def test_flip_draws_patches_for_each_image_and_epoch(toy_pairs):
 def test_flip_says_that_a_share_is_above_0_and_at_most_1(share):
     with pytest.raises(ValueError, match=f"share={share}: of the patches to keep"):
         hooks_of("flip").prepare_model(toy_clip(), settings(share=share))
+
+
+# -------------------------------------------------------------------------------------- metaclip
+
+class Words:
+    """Shards of 6,000 pairs: token 1 is in all of them, 2 in the first 100, 3 in half."""
+
+    def __len__(self):
+        return 6_000
+
+    def caption_count(self, i):
+        return 1
+
+    def ids(self, i, caption):
+        return np.array([1] + [2] * (i < 100) + [3, 3] * (i % 2), np.uint16)
+
+
+def test_metaclip_keeps_the_share_that_the_formula_says():
+    chosen = hooks_of("metaclip").choose_pairs(Words(), settings(at_most=100, seed=0))
+    assert set(range(100)) <= set(chosen.tolist())  # a rare word keeps all its pairs
+    for odd, expected in ((0, 1 / 60), (1, 1 - (1 - 1 / 60) * (1 - 1 / 30))):
+        share = np.mean(np.isin(np.arange(100 + odd, 6_000, 2), chosen))
+        assert abs(share - expected) < 4 * (expected / 2_950) ** 0.5      # standard errors
+    assert np.array_equal(chosen, np.unique(chosen))
+
+
+def test_metaclip_chooses_by_the_seed_and_with_a_high_limit_all():
+    choose = hooks_of("metaclip").choose_pairs
+    one, again, other = (choose(Words(), settings(at_most=100, seed=seed)) for seed in (0, 0, 1))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert len(choose(Words(), settings(at_most=6_000, seed=0))) == 6_000
+    with pytest.raises(ValueError, match="at_most=0: must be 1 or more"):
+        choose(Words(), settings(at_most=0, seed=0))
+
+
+def test_metaclip_chooses_among_the_toy_worlds_pairs_by_all_their_captions(toy_pairs):
+    pairs, config = toy_pairs("slip")
+    config.at_most = 10
+    chosen = hooks_of("metaclip").choose_pairs(pairs.shards, config)
+    assert 100 < len(chosen) < 601
+    assert private("metaclip")._entries(pairs.shards, 0).tolist() == sorted(
+        set(pairs.shards.ids(0, 0).tolist()))
