@@ -77,6 +77,11 @@ def same_on_two_ranks(hooks, rows, config):
         hooks.global_loss(rows, config, Ranks()).item(), rel=1e-12)
 
 
+def tower_of(weights, tower):
+    return weights_checksum({name: tensor for name, tensor in weights.items()
+                             if name.startswith(f"{tower}.")})
+
+
 def plain(rows):
     return pretrain.global_loss(rows, settings(), Ranks()).item()
 
@@ -95,7 +100,7 @@ def short_run(toy_world):
 
 @pytest.fixture(scope="module")
 def toy_pairs(toy_world):
-    """toy_pairs(idea, **settings) -> (Pairs of the toy world with the idea's arrays, config)."""
+    """toy_pairs(idea, **settings) -> Pairs of the toy world with the idea's arrays, config."""
     tokenizer = Tokenizer(f"{toy_world}/vocabulary/toy.tiktoken")
     index_shards(f"{toy_world}/pairs", tokenizer)
     shards = Shards(f"{toy_world}/pairs", tokenizer)
@@ -117,7 +122,7 @@ def start(toy_world, tmp_path_factory):
     return folder / "ckpt.pt"
 
 
-# ----------------------------------------------------------------------------------------- align
+# ---------------------------------------------------------------------------------------- align
 
 def smoothed(rows, smoothing):
     """Cross-entropy with smoothed targets, target by target."""
@@ -140,7 +145,7 @@ def test_align_equals_the_loop_over_targets_and_without_smoothing_the_plain_loss
     assert same_on_two_ranks(hooks, rows, settings(smoothing=0.1))
 
 
-# ---------------------------------------------------------------------------------------- refine
+# --------------------------------------------------------------------------------------- refine
 
 def refine_rows(b=6):
     rows = random_rows(b)
@@ -168,14 +173,15 @@ def test_refine_equals_the_loop_over_targets_and_both_weights_at_zero_are_the_pl
 
 
 def test_refine_with_the_starts_own_opinion_has_nothing_to_learn_at_the_start():
-    hooks, clip, config = hooks_of("refine"), toy_clip(), settings(pull=0.0, soft=1.0)
+    hooks, clip, config = hooks_of("refine"), toy_clip().double(), settings(pull=0.0, soft=1.0)
     hooks.prepare_model(clip, config)
-    rows = hooks.encode(clip, toy_batch() | {"z": F.normalize(torch.randn(4, 64), dim=1)}, config)
+    batch = toy_batch() | {"z": unit(4, 64)}
+    rows = hooks.encode(clip, batch | {"views": batch["views"].double()}, config)
     loss = hooks.global_loss(rows, config, Ranks())
     loss.backward()
-    assert abs(loss.item()) < 1e-6
-    assert max(p.grad.abs().max() for p in clip.parameters() if p.grad is not None) < 1e-6
-    assert all(p.grad is None for p in clip.extra.start.parameters())
+    assert abs(loss.item()) < 1e-12
+    assert max(p.grad.abs().max() for p in clip.parameters() if p.grad is not None) < 1e-12
+    assert not any(p.requires_grad for p in clip.extra.start.parameters())
 
 
 def test_refine_pulls_both_of_a_pair_to_one_vector_of_unit_length(toy_pairs):
@@ -196,17 +202,12 @@ def test_refine_keeps_its_start_and_says_so_if_there_is_none(short_run, start, t
     before = read_checkpoint(start)["weights"]
     for name, tensor in before.items():
         assert torch.equal(weights[f"extra.start.{name}"], tensor)
-    assert not torch.equal(weights["vision.projection.weight"], before["vision.projection.weight"])
+    assert tower_of(weights, "vision") != tower_of(before, "vision")
     with pytest.raises(FileNotFoundError, match="none.pt: no such file"):
         short_run("refine", tmp_path / "b", f"--init={tmp_path}/none.pt")
 
 
-# ------------------------------------------------------------------------------------------- lit
-
-def tower_of(weights, tower):
-    return weights_checksum({name: tensor for name, tensor in weights.items()
-                             if name.startswith(f"{tower}.")})
-
+# ------------------------------------------------------------------------------------------ lit
 
 @pytest.mark.parametrize("lock, learns", [("vision", "text"), ("text", "vision")])
 def test_lit_leaves_the_locked_tower_as_it_was(short_run, start, tmp_path, lock, learns):
@@ -229,7 +230,7 @@ def test_lit_locks_the_tower_that_stage_1_left(short_run, tmp_path):
 def test_lit_with_projectors_trains_them_and_the_temperature_only(short_run, start, tmp_path):
     weights = short_run("lit", tmp_path, "--projectors", "--init_vision=", f"--init={start}")
     before = read_checkpoint(start)["weights"]
-    assert "vision.projection.mlp.0.weight" in weights and "text.projection.mlp.2.bias" in weights
+    assert {"vision.projection.mlp.0.weight", "text.projection.mlp.2.bias"} <= weights.keys()
     for name, tensor in before.items():
         where = name.replace("projection.", "projection.linear.")
         changes = "projection." in name or name == "logit_scale"
@@ -258,7 +259,7 @@ def test_lit_says_what_it_cannot_lock(values, message):
         hooks_of("lit").prepare_model(toy_clip(), config)
 
 
-# ---------------------------------------------------------------------------------------- mosaic
+# --------------------------------------------------------------------------------------- mosaic
 
 def test_a_mosaic_laid_back_is_its_images_at_half_their_size():
     views = torch.randn(8, 3, 32, 32)
@@ -275,7 +276,7 @@ def test_a_quarter_is_the_mean_of_its_own_images_patches(side):
     mosaic = private("mosaic")
     grey = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 8 * side, 8 * side)  # image i is i
     patches = mosaic._mosaics(grey).unfold(2, 8, 8).unfold(3, 8, 8).mean((1, 4, 5))
-    quarters = mosaic._quarters(patches.flatten(1)[:, :, None])           # (2, P, 1) -> (2, 4, 1)
+    quarters = mosaic._quarters(patches.flatten(1)[:, :, None])           # (2, 4, 1)
     assert torch.allclose(quarters.flatten(), torch.arange(8.0), atol=1e-5)
     tokens = torch.randn(2, side * side, 5)
     plane = tokens.unflatten(1, (side, side))
@@ -302,21 +303,19 @@ def test_each_row_of_quarters_belongs_to_the_image_of_its_row():
     assert change.argmax() == 5 and change[:4].max() == 0  # the second mosaic's second quarter
 
 
-def test_the_prompters_queries_learn_and_tell_quarters_apart(short_run, tmp_path):
-    weights = short_run("mosaic", tmp_path, "--prompter")
-    torch.manual_seed(42)
-    hooks, clip, config = hooks_of("mosaic"), toy_clip(), settings(
-        prompter=True, batch_size=16, micro_batch=0)
+def test_the_prompters_queries_learn_and_tell_quarters_apart():
+    hooks, clip = hooks_of("mosaic"), toy_clip()
+    config = settings(prompter=True, batch_size=16, micro_batch=0)
     hooks.prepare_model(clip, config)
-    assert weights["extra.queries"].shape == (4, 64)
     rows = hooks.encode(clip, toy_batch(8), config)
     rows["quarter"].sum().backward()
-    assert rows["quarter"].shape == (8, 64) and clip.extra.queries.grad.abs().min(1).values.any()
+    assert rows["quarter"].shape == (8, 64)
+    assert clip.extra.queries.grad.abs().sum(1).min() > 0
     assert not torch.allclose(rows["quarter"][0], rows["quarter"][1], atol=1e-3)
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"batch_size": 18, "micro_batch": 0}, "batch_size / ranks=18: mosaics need a multiple of 4"),
+    ({"batch_size": 18, "micro_batch": 0}, "batch_size / ranks=18: mosaics need a multiple"),
     ({"batch_size": 16, "micro_batch": 6}, "micro_batch=6: mosaics need a multiple of 4")])
 def test_mosaic_says_that_four_images_make_one(values, message):
     with pytest.raises(ValueError, match=message):
@@ -330,7 +329,7 @@ def test_mosaic_counts_a_ranks_own_images(monkeypatch):
         hooks_of("mosaic").prepare_model(toy_clip(), config)
 
 
-# ---------------------------------------------------------------------------------------- pixpro
+# --------------------------------------------------------------------------------------- pixpro
 
 def agreement_by_loops(x, t, crop, other):
     """Of one image: x, t (P, E) of its crops, crop and other (x, y, side)."""
@@ -353,14 +352,15 @@ def test_pixpro_equals_the_loop_over_patches():
     torch.manual_seed(2)
     x, t = unit(4, 9, 6), unit(4, 9, 6)
     crops = torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.3, 0.6], [0.2, 0.2, 0.5], [0.0, 0.0, 0.45]])
-    others = torch.tensor([[0.2, 0.4, 0.5], [0.3, 0.2, 0.7], [0.2, 0.2, 0.5], [0.55, 0.55, 0.45]])
+    others = torch.tensor([[0.2, 0.4, 0.5], [0.3, 0.2, 0.7], [0.2, 0.2, 0.5],
+                           [0.55, 0.55, 0.45]])
     ours = private("pixpro")._agreement(x, t, crops.double(), others.double())
     counts = []
     for i in range(4):
         expected, count = agreement_by_loops(x[i], t[i], crops[i].tolist(), others[i].tolist())
         assert ours[i].item() == pytest.approx(expected, abs=1e-9)
         counts.append(count)
-    assert counts[0] and counts[1] and counts[3] == 0  # crops without a common place say nothing
+    assert counts[0] and counts[1] and counts[3] == 0  # no common place: nothing to agree on
 
 
 def test_in_identical_crops_a_patch_is_paired_with_itself_alone():
@@ -424,7 +424,7 @@ def test_pixpros_teacher_is_the_moving_average_of_the_tower():
     assert not any(p.requires_grad for p in clip.extra.teacher.parameters())
 
 
-# ---------------------------------------------------------------------------------- slip, rocket
+# --------------------------------------------------------------------------------- slip, rocket
 
 def test_slip_equals_the_loop_over_views_and_at_weight_0_the_plain_loss():
     rows, hooks = random_rows(5), hooks_of("slip")
@@ -454,16 +454,16 @@ def test_slips_views_are_two_of_the_same_picture(toy_pairs):
     views = seen[0].unflatten(0, (4, 2))
     for i in range(4):
         for k in range(2):
-            alone = pretrain.augment(batch["strong"][i, k][None], batch["strong_draws"][i, k][None],
-                                     private("slip").STRONG)[0]
+            image, draws = batch["strong"][i, k], batch["strong_draws"][i, k]
+            alone = pretrain.augment(image[None], draws[None], private("slip").STRONG)[0]
             assert torch.allclose(views[i, k], alone, atol=1e-5)
             row = F.normalize(clip.extra.head(clip.vision(alone[None])), dim=1)[0]
             assert torch.allclose(rows["strong"][i, k], row, atol=1e-5)
 
 
 def rocket_rows(b=6):
-    scale = torch.tensor(3.0, dtype=torch.float64)
-    return random_rows(b) | {"strong": unit(b, 2, 8), "thinned": unit(b, 8), "strong_scale": scale}
+    return random_rows(b) | {"strong": unit(b, 2, 8), "thinned": unit(b, 8),
+                             "strong_scale": torch.tensor(3.0, dtype=torch.float64)}
 
 
 def test_rocket_adds_the_smoothed_loss_of_both_views_and_at_weight_0_is_the_plain_loss():
@@ -476,7 +476,7 @@ def test_rocket_adds_the_smoothed_loss_of_both_views_and_at_weight_0_is_the_plai
     assert hooks.global_loss(rows, config, Ranks()).item() == pytest.approx(expected, rel=1e-12)
     off = settings(weight=0.0, smoothing=0.1)
     assert hooks.global_loss(rows, off, Ranks()).item() == plain(rows)
-    rows |= {"first": rows["strong"][:, 0], "second": rows["strong"][:, 1]}  # as gather is asked
+    rows |= {"first": rows["strong"][:, 0], "second": rows["strong"][:, 1]}  # for gather
     assert same_on_two_ranks(hooks, rows, config)
 
 
@@ -509,7 +509,7 @@ def test_rocket_trains_heads_and_a_scale_of_its_own_and_caps_it(short_run, tmp_p
     assert clip.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
 
 
-# ------------------------------------------------------------------------------------------ flip
+# ----------------------------------------------------------------------------------------- flip
 
 def test_flip_of_all_patches_is_the_plain_encoding_to_the_bit():
     hooks, clip, batch = hooks_of("flip"), toy_clip(), toy_batch()
@@ -529,8 +529,8 @@ def test_flip_sees_the_patches_with_the_lowest_noise_and_no_other():
         views = batch["views"].clone()
         down, right = 8 * (patch // 4), 8 * (patch % 4)
         views[:, :, down:down + 8, right:right + 8] += 1
-        changed = (hooks.encode(clip, batch | {"views": views}, config)["image"] != before).any(1)
-        assert torch.equal(changed, (kept == patch).any(1))
+        after = hooks.encode(clip, batch | {"views": views}, config)["image"]
+        assert torch.equal((after != before).any(1), (kept == patch).any(1))
 
 
 def test_flip_draws_patches_for_each_image_and_epoch(toy_pairs):
@@ -546,7 +546,7 @@ def test_flip_says_that_a_share_is_above_0_and_at_most_1(share):
         hooks_of("flip").prepare_model(toy_clip(), settings(share=share))
 
 
-# -------------------------------------------------------------------------------------- metaclip
+# ------------------------------------------------------------------------------------- metaclip
 
 class Words:
     """Shards of 6,000 pairs: token 1 is in all of them, 2 in the first 100, 3 in half."""
@@ -572,7 +572,7 @@ def test_metaclip_keeps_the_share_that_the_formula_says():
 
 def test_metaclip_chooses_by_the_seed_and_with_a_high_limit_all():
     choose = hooks_of("metaclip").choose_pairs
-    one, again, other = (choose(Words(), settings(at_most=100, seed=seed)) for seed in (0, 0, 1))
+    one, again, other = (choose(Words(), settings(at_most=100, seed=i)) for i in (0, 0, 1))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert len(choose(Words(), settings(at_most=6_000, seed=0))) == 6_000
     with pytest.raises(ValueError, match="at_most=0: must be 1 or more"):
