@@ -19,8 +19,9 @@ from model import load_clip, read_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IDEAS = sorted(path.stem for path in (ROOT / "configs/ideas").glob("*.py"))
-OPTIONS = {"alone": ["--group=6"]}  # so that an idea shows at a batch of 16
-ON_RANKS = {"siglip"}  # of those whose rule allows it, one a kind of collective
+OPTIONS = {"alone": ["--group=6"], "lit": ["--init_vision="], "metaclip": ["--at_most=20"],
+           "refine": ["--init="]}  # so that an idea shows at a batch of 16, without files
+ON_RANKS = {"siglip", "mosaic", "slip"}  # of those whose rule allows it, one a kind of collective
 
 
 @pytest.fixture(scope="module")
