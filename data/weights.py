@@ -73,10 +73,7 @@ def weights_file(path):
 
 
 def read_file(path):
-    """A weights file of any kind as a dict; no code that it may carry is run.
-
-    FileNotFoundError or ValueError, in one line, if it cannot be read.
-    """
+    """A weights file of any kind as a dict; FileNotFoundError or ValueError in one line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights are expected")
@@ -170,8 +167,6 @@ def read_torchscript(path):
     return tensors
 
 
-# ----------------------------- whose weights, and their sizes -----------------------------
-
 def recognise(path, content, quick_gelu):
     """(layout, fields of a CLIPConfig, {name: tensor}) of a foreign file; prints what it is."""
     tensors, notes = unwrap(path, content)
@@ -188,19 +183,18 @@ def recognise(path, content, quick_gelu):
     told = told_beside(path, fields)
     if layout == "huggingface" and not told:
         raise FileNotFoundError(f"{path.parent / 'config.json'}: missing; it tells the heads")
-    if layout == "openai":
-        told = {"quick_gelu": True}
     fields |= {"quick_gelu": quick_gelu} | told
+    if layout == "openai":
+        fields["quick_gelu"] = True
     if fields["quick_gelu"] is None:
-        raise ValueError(f"{path}: nothing tells its activation; say --quick_gelu=true (that of "
-                         "OpenAI, LAION-400M, MetaCLIP) or --quick_gelu=false, or put its "
+        raise ValueError(f"{path}: nothing tells its activation; say --quick_gelu=true (OpenAI's, "
+                         "LAION-400M's, MetaCLIP's) or --quick_gelu=false, or put its "
                          "open_clip_config.json beside it")
     gelu = "quick-GELU" if fields["quick_gelu"] else "GELU"
     print(f"{path}: {layout} layout, {gelu}{notes}")
-    for name in list(tensors):
-        if name in CONSTANTS or name.endswith(".position_ids"):  # these are no weights
-            del tensors[name]
-    return layout, fields, tensors
+    weights = {name: tensor for name, tensor in tensors.items()
+               if name not in CONSTANTS and not name.endswith(".position_ids")}
+    return layout, fields, weights
 
 
 def unwrap(path, content):
@@ -271,19 +265,15 @@ def told_beside(path, fields):
                                  "not make the pixels of these weights")
         config = config.get("model_cfg", config)
         if "vision_cfg" in config or "quick_gelu" in config:
-            told = told_by_open_clip(config, fields)
+            vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+            told = {"quick_gelu": bool(config.get("quick_gelu"))}
+            if "head_width" in vision:
+                told["vision_heads"] = fields["vision_width"] // vision["head_width"]
+            if "heads" in text:
+                told["text_heads"] = text["heads"]
         elif "vision_config" in config or config.get("model_type") == "clip":
             told = told_by_hugging_face(file, config)
     return told
-
-
-def told_by_open_clip(config, fields):
-    vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
-    heads = fields["vision_heads"]
-    if "head_width" in vision:
-        heads = fields["vision_width"] // vision["head_width"]
-    return {"vision_heads": heads, "text_heads": text.get("heads", fields["text_heads"]),
-            "quick_gelu": bool(config.get("quick_gelu"))}
 
 
 def told_by_hugging_face(file, config):  # defaults as in transformers.CLIPConfig
@@ -442,10 +432,8 @@ def tokenizer_files(vocabulary, context_length):
         end = "</w>" if word != token else ""
         return "".join(spelled[byte] for byte in word) + end
 
-    ranks = {}
-    for line in vocabulary.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    pairs = [line.split() for line in vocabulary.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     merges = ["#version: 0.2"]
     for token in sorted(ranks, key=ranks.get)[512:]:  # the first are single bytes
         left, right = halves(token, ranks)
