@@ -187,8 +187,8 @@ def recognise(path, content, quick_gelu):
     if layout == "openai":
         fields["quick_gelu"] = True
     if fields["quick_gelu"] is None:
-        raise ValueError(f"{path}: nothing tells its activation; say --quick_gelu=true (OpenAI's, "
-                         "LAION-400M's, MetaCLIP's) or --quick_gelu=false, or put its "
+        raise ValueError(f"{path}: nothing tells its activation; say --quick_gelu=true (OpenAI"
+                         ", LAION-400M, MetaCLIP) or --quick_gelu=false, or put its "
                          "open_clip_config.json beside it")
     gelu = "quick-GELU" if fields["quick_gelu"] else "GELU"
     print(f"{path}: {layout} layout, {gelu}{notes}")

@@ -276,7 +276,7 @@ def test_a_missing_shard_and_a_bad_index_are_named(tmp_path):
     one_line(error)
 
 
-# -------------------------------------------------------------------------------- the command export
+# ------------------------------------------------------------------------------- the command export
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip", "huggingface"])
 def test_the_command_exports_a_checkpoint(layout, tmp_path, capsys):
@@ -340,8 +340,6 @@ def test_perceptual_inits_init_needs_the_activation_of_a_bare_file(tmp_path):
     whole, _ = perceptual_init.build(replace(config, quick_gelu=True), "cpu")
     assert whole.config.quick_gelu
 
-
-# ----------------------------------------------------------------------------------- names of tensors
 
 
 def test_names_and_shapes_are_those_of_openais_vit_b_32():
