@@ -386,8 +386,8 @@ def weights_checksum(weights):
 def load_clip(path, device="cpu", quick_gelu=None):
     """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
 
-    Its GELU is the quick one in OpenAI's files, as config.json says in Hugging Face's, and in
-    open_clip's if `quick_gelu` is True. ValueError or FileNotFoundError for anything else.
+    Its GELU is the quick one in OpenAI's files, else as the config beside a foreign file says,
+    else as `quick_gelu` says. ValueError or FileNotFoundError, also if nothing says it.
     """
     clip = load(path, quick_gelu)
     if isinstance(clip, VisionTower):
@@ -395,9 +395,9 @@ def load_clip(path, device="cpu", quick_gelu=None):
     return clip.to(device)
 
 
-def load_vision(path, device="cpu"):
+def load_vision(path, device="cpu", quick_gelu=None):
     """The vision tower, in eval mode, of a stage-1 checkpoint or of a CLIP; see load_clip."""
-    module = load(path)
+    module = load(path, quick_gelu)
     vision = module if isinstance(module, VisionTower) else module.vision
     vision.info = module.info
     return vision.to(device)
@@ -409,7 +409,8 @@ def load(path, quick_gelu=None):
     path = files.weights_file(path)
     content = files.read_file(path)
     if content.get("format") == FORMAT:
-        layout, fields, weights = "ours", content["model"], without_extra(content["weights"])
+        layout, fields = "ours", content["model"]
+        weights = files.without_extra(content["weights"])
     else:
         layout, fields, weights = files.recognise(path, content, quick_gelu)
     module_type = VisionTower if content.get("kind") == "vision" else CLIP
@@ -424,13 +425,14 @@ def load(path, quick_gelu=None):
     return module.eval()
 
 
-def copy_weights(path, module):
+def copy_weights(path, module, quick_gelu=None):
     """Put the weights of a file into a CLIP or VisionTower of the same shape, every tensor.
 
-    Returns a line that says so. ValueError if a size differs.
+    Returns a line that says so. ValueError if a size differs. quick_gelu: see load_clip.
     """
     whole = isinstance(module, CLIP)
-    source = load_clip(path) if whole else load_vision(path)
+    load_source = load_clip if whole else load_vision
+    source = load_source(path, quick_gelu=quick_gelu)
     for field, ours in asdict(module.config).items():
         theirs = getattr(source.config, field)
         of_text = field.startswith(("text", "vocab", "context"))
@@ -441,11 +443,6 @@ def copy_weights(path, module):
     return f"{path}: {len(weights)} tensors, checksum {weights_checksum(weights)}"
 
 
-def without_extra(weights):
-    """A state dict without what hangs in CLIP.extra."""
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("extra.")}
-
-
 def export_clip(clip, path, layout):
     """Writes a file for OpenAI's code ("openai") or open_clip, or a folder ("huggingface").
 
@@ -453,7 +450,7 @@ def export_clip(clip, path, layout):
     layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
     """
     from data import weights as files
-    weights = files.to_layout(without_extra(clip.state_dict()), layout)
+    weights = files.to_layout(files.without_extra(clip.state_dict()), layout)
     if layout == "huggingface":
         files.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
     else:

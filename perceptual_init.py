@@ -42,6 +42,7 @@ class Config:
     model: str = "ViT-B-32"       # a key of model.SIZES
     image_size: int = 224         # pixels; both sides are squashed to it
     init: str = ""                # post-hoc control: a CLIP to fine-tune; "": a random tower
+    quick_gelu: bool | None = None  # activation of an init that does not tell it
     train: str = "all"            # or "qkv": only weights and biases of the attention inputs
     benchmarks: str = ""          # post-hoc: zero-shot sets for the log, before and after
     batch_size: int = 768         # triplets of a step
@@ -126,7 +127,7 @@ def build(config, device):
     torch.manual_seed(config.seed)
     size = replace(SIZES[config.model], image_size=config.image_size)
     if config.init:
-        whole = load_clip(config.init)
+        whole = load_clip(config.init, quick_gelu=config.quick_gelu)
         if config.benchmarks and whole.vocabulary is None:
             raise ValueError(f"benchmarks: the CLIP of init={config.init} has no vocabulary")
         tower = whole.vision

@@ -15,8 +15,8 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from configs import (check_patches, check_ranges, load_config,  # before torch: see there
-                     replaced_functions)
+from configs import (check_patches, check_ranges, given,  # before torch: see there
+                     load_config, replaced_functions)
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -238,10 +238,11 @@ def build(config, tokenizer):
     clip.vocabulary = tokenizer.text
     clip.vision.recompute = clip.text.recompute = config.recompute
     source = "random weights"
+    said = config.quick_gelu or given("quick_gelu", None)  # the default says nothing of a file
     if config.init:
-        source = copy_weights(config.init, clip)
+        source = copy_weights(config.init, clip, said)
     elif config.init_vision:
-        source = copy_weights(config.init_vision, clip.vision)
+        source = copy_weights(config.init_vision, clip.vision, said)
     prepare_model(clip, config)
     clip.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(

@@ -1,8 +1,8 @@
 """CLIP weights as other people keep them: their files, their names for tensors, their folders.
 
-model.load_clip and model.export_clip are the way in. OpenAI publishes TorchScript archives,
-open_clip and others files of torch.save, Hugging Face folders with .safetensors or .bin and a
-config.json. All are read as data: no code that a file may carry is run.
+model.load_clip and model.export_clip are the way in. OpenAI publishes TorchScript archives;
+others publish files of torch.save, .safetensors, or folders of these with configs in JSON. All
+are read as data: no code that a file may carry is run.
 """
 import base64
 import hashlib
@@ -15,7 +15,10 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from data.images import MEAN, STD
 
 COLUMNS = {"ours": 0, "openai": 1, "open_clip": 1, "huggingface": 2}  # of NAMES
 V, T = "vision_model.embeddings", "text_model.embeddings"  # to keep the table narrow
@@ -47,31 +50,40 @@ CONSTANTS = {"input_resolution": "image_size", "context_length": "context_length
 # Files without a config do not tell the number of heads. Each is 64 wide, but for these:
 HEAD_WIDTHS = {"vision": {1280: 80, 96: 32}, "text": {96: 32}}  # by width: ViT-H-14, our toy
 NESTS = ("state_dict", "model_state_dict", "model")  # keys of weights in training checkpoints
+# A folder's weights are in the first of these; of the configs beside weights the first two tell
+# sizes and activation, and the first of these two that does is believed.
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+         "model.safetensors.index.json", "pytorch_model.bin")
+CONFIGS = ("open_clip_config.json", "config.json",
+           "preprocessor_config.json", "processor_config.json")
+PIXELS = {"mean": MEAN, "image_mean": MEAN, "std": STD, "image_std": STD, "do_normalize": True}
 
 
 # ---------------------------------------- reading -----------------------------------------
 
 def weights_file(path):
-    """The file itself, or that of Hugging Face in a folder."""
+    """The file itself, or the one in a folder of Hugging Face's or open_clip's hub."""
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in FILES:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path}: a folder without model.safetensors or pytorch_model.bin")
+    raise FileNotFoundError(f"{path}: a folder without {' or '.join(FILES)}")
 
 
 def read_file(path):
-    """A weights file of any kind as a dict; no code that it may carry is run.
-
-    FileNotFoundError or ValueError, in one line, if it cannot be read.
-    """
+    """A weights file of any kind as a dict; FileNotFoundError or ValueError in one line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint or weights are expected")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if path.suffix == ".json":
+        tensors = {}
+        for file in shards(path):
+            tensors |= read_safetensors(file)
+        return tensors
     try:
         if is_torchscript(path):
             return read_torchscript(path)
@@ -98,6 +110,22 @@ def read_safetensors(path):
         raise ValueError(f"{path}: not a whole .safetensors file ({error})") from None
 
 
+def read_json(path):
+    """The dict in a JSON file; {} if there is no such file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: not JSON, or not {{key: value}}") from None
+
+
+def shards(index):
+    """The .safetensors files that an index lists."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index}: not an index of weights, it has no weight_map")
+    return [index.parent / name for name in sorted(set(places.values()))]
+
+
 def is_torchscript(path):
     """Whether a file is a TorchScript archive: only they have a constants.pkl."""
     if not zipfile.is_zipfile(path):
@@ -113,9 +141,9 @@ class Node:
 def read_torchscript(path):
     """{dotted name: tensor} of the whole tree of modules in a TorchScript archive.
 
-    torch.jit.load would run its code, and torch.load refuses it by its constants.pkl. What is
-    left without that is what torch.save would have written, and torch's safe reader opens it.
-    Classes that exist in the archive only become `Node`; any other name is refused there.
+    torch.jit.load would run its code, and torch.load refuses it by its constants.pkl. Without
+    that it is as torch.save writes, and torch's safe reader opens it. Classes that exist in the
+    archive only become `Node`; any other name is refused there.
     """
     file = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(file, "w") as plain:
@@ -123,15 +151,12 @@ def read_torchscript(path):
             if not name.endswith("/constants.pkl"):
                 plain.writestr(name, archive.read(name))
     file.seek(0)
-    classes = []
-    for name in torch.serialization.get_unsafe_globals_in_checkpoint(file):
-        if name.startswith("__torch__."):
-            classes.append((Node, name))
+    classes = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    nodes = [(Node, name) for name in classes if name.startswith("__torch__.")]
     file.seek(0)
-    with torch.serialization.safe_globals(classes):
-        root = torch.load(file, map_location="cpu", weights_only=True)
-
-    tensors, todo = {}, [("", root)]
+    with torch.serialization.safe_globals(nodes):
+        todo = [("", torch.load(file, map_location="cpu", weights_only=True))]
+    tensors = {}
     while todo:
         prefix, node = todo.pop()
         for name, value in vars(node).items():
@@ -141,8 +166,6 @@ def read_torchscript(path):
                 tensors[prefix + name] = value
     return tensors
 
-
-# ----------------------------- whose weights, and their sizes -----------------------------
 
 def recognise(path, content, quick_gelu):
     """(layout, fields of a CLIPConfig, {name: tensor}) of a foreign file; prints what it is."""
@@ -157,18 +180,21 @@ def recognise(path, content, quick_gelu):
     except KeyError as missing:
         raise ValueError(f"{path}: no CLIP with a vision transformer in the layout of OpenAI, "
                          f"open_clip or Hugging Face: tensor {missing} is missing") from None
-    if layout == "huggingface":
-        fields |= heads_and_gelu(path)
-    else:
-        fields["quick_gelu"] = layout == "openai" or bool(quick_gelu)
+    told = told_beside(path, fields)
+    if layout == "huggingface" and not told:
+        raise FileNotFoundError(f"{path.parent / 'config.json'}: missing; it tells the heads")
+    fields |= {"quick_gelu": quick_gelu} | told
+    if layout == "openai":
+        fields["quick_gelu"] = True
+    if fields["quick_gelu"] is None:
+        raise ValueError(f"{path}: nothing tells its activation; say --quick_gelu=true (OpenAI"
+                         ", LAION-400M, MetaCLIP) or --quick_gelu=false, or put its "
+                         "open_clip_config.json beside it")
     gelu = "quick-GELU" if fields["quick_gelu"] else "GELU"
-    if layout == "open_clip" and not quick_gelu:
-        gelu += " (unless quick_gelu=True)"
     print(f"{path}: {layout} layout, {gelu}{notes}")
-    for name in list(tensors):
-        if name in CONSTANTS or name.endswith(".position_ids"):  # these are no weights
-            del tensors[name]
-    return layout, fields, tensors
+    weights = {name: tensor for name, tensor in tensors.items()
+               if name not in CONSTANTS and not name.endswith(".position_ids")}
+    return layout, fields, weights
 
 
 def unwrap(path, content):
@@ -177,30 +203,24 @@ def unwrap(path, content):
     Training checkpoints keep the weights under a key. DistributedDataParallel, torch.compile
     and other wrappers put words before every name. ValueError if there are two of either.
     """
-    note = ""
     nests = [key for key in NESTS if isinstance(content.get(key), dict)]
     if len(nests) > 1:
         raise ValueError(f"{path}: weights under {' and '.join(nests)}; keep one of them")
-    if nests:
-        content = content[nests[0]]
-        note += f", under {nests[0]!r}"
-    found = []
+    content = content[nests[0]] if nests else content
+    prefixes = []
     for layout in ("open_clip", "huggingface"):
         end = names("vision.class_embedding", layout)[0]
         for name in map(str, content):
             if name == end or name.endswith(f".{end}"):
-                found.append(name.removesuffix(end))
-    if len(found) > 1:
+                prefixes.append(name.removesuffix(end))
+    if len(prefixes) > 1:
         raise ValueError(f"{path}: more than one CLIP, with "
-                         f"{' and '.join(map(repr, found))} before the names")
-    prefix = found[0] if found else ""
-    if prefix:
-        note += f", names without {prefix!r}"
-    tensors = {}
-    for name, tensor in content.items():
-        if isinstance(tensor, torch.Tensor):
-            tensors[str(name).removeprefix(prefix)] = tensor
-    return tensors, note
+                         f"{' and '.join(map(repr, prefixes))} before the names")
+    note = f", under {nests[0]!r}" if nests else ""
+    prefix = prefixes[0] if prefixes else ""
+    note += f", names without {prefix!r}" if prefix else ""
+    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()
+            if isinstance(tensor, torch.Tensor)}, note
 
 
 def sizes(tensors, layout):
@@ -231,16 +251,34 @@ def heads(width, tower):
     return width // HEAD_WIDTHS[tower].get(width, 64)
 
 
-def heads_and_gelu(path):
-    """The fields that stand in the config.json beside a Hugging Face file only."""
-    file = path.parent / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing; it tells the heads of {path.name}")
-    config = json.loads(file.read_text())
+def told_beside(path, fields):
+    """Fields that the configs beside a file tell; ValueError if they ask for other pixels."""
+    told = {}
+    for name in reversed(CONFIGS):  # the first that tells has the last word
+        file = path.parent / name
+        config = read_json(file)
+        pixels = config.get("preprocess_cfg") or config.get("image_processor") or config
+        for key, ours in PIXELS.items():
+            theirs = pixels.get(key)
+            if theirs is not None and not np.allclose(theirs, ours, atol=1e-4):
+                raise ValueError(f"{file}: {key} is {theirs}, CLIP's {ours}; this project does "
+                                 "not make the pixels of these weights")
+        config = config.get("model_cfg", config)
+        if "vision_cfg" in config or "quick_gelu" in config:
+            vision, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+            told = {"quick_gelu": bool(config.get("quick_gelu"))}
+            if "head_width" in vision:
+                told["vision_heads"] = fields["vision_width"] // vision["head_width"]
+            if "heads" in text:
+                told["text_heads"] = text["heads"]
+        elif "vision_config" in config or config.get("model_type") == "clip":
+            told = told_by_hugging_face(file, config)
+    return told
+
+
+def told_by_hugging_face(file, config):  # defaults as in transformers.CLIPConfig
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    activations = set()  # defaults as in transformers.CLIPConfig
-    for part in (vision, text):
-        activations.add(part.get("hidden_act", "quick_gelu"))
+    activations = {part.get("hidden_act", "quick_gelu") for part in (vision, text)}
     if activations not in ({"gelu"}, {"quick_gelu"}):
         raise ValueError(f"{file}: hidden_act is {' and '.join(sorted(activations))}; "
                          "gelu or quick_gelu, in both towers")
@@ -266,6 +304,11 @@ def names(name, layout):
 def turned(name, layout):
     """Whether a tensor is turned: OpenAI's projections are (D, E), a linear layer's (E, D)."""
     return layout in ("openai", "open_clip") and name.endswith(".projection.weight")
+
+
+def without_extra(weights):
+    """Our state dict without what hangs in CLIP.extra."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("extra.")}
 
 
 def to_layout(weights, layout):
@@ -306,9 +349,12 @@ def to_ours(path, theirs, empty, layout):
 
 
 def sha256(path):
-    """Hex digest of a file: evaluation writes it down as the weights' identity."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex digest of a file, of an index its shards: evaluation's identity of the weights."""
+    digest = hashlib.sha256()
+    for part in shards(path) if path.suffix == ".json" else [path]:
+        with open(part, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 # ---------------------------------------- writing -----------------------------------------
@@ -346,7 +392,6 @@ def write_folder(path, tensors, config, vocabulary):
 
 def config_files(config):
     """{file name: content} of Hugging Face's CLIPConfig and CLIPImageProcessor."""
-    from data.images import MEAN, STD
     end, size = config["vocab_size"] - 1, config["image_size"]
     towers = {}
     for tower in ("vision", "text"):
@@ -377,23 +422,18 @@ def tokenizer_files(vocabulary, context_length):
     Latin-1 stand for themselves, the others follow from U+0100 on) and a word ends with "</w>".
     """
     # data/prepare/vocabulary.py goes the other way; tests compare its input with this output
-    spelled = {}
-    for byte in range(256):
-        if 33 <= byte < 127 or 161 <= byte < 173 or 174 <= byte:
-            spelled[byte] = chr(byte)
-    others = [byte for byte in range(256) if byte not in spelled]
-    for number, byte in enumerate(others):
-        spelled[byte] = chr(256 + number)
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    spelled = {byte: chr(byte) for byte in plain}
+    spelled |= {byte: chr(256 + i) for i, byte in enumerate(others)}
 
     def spell(token):
         word = token.removesuffix(b"\0") if len(token) > 1 else token  # NUL ends a word
         end = "</w>" if word != token else ""
         return "".join(spelled[byte] for byte in word) + end
 
-    ranks = {}
-    for line in vocabulary.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    pairs = [line.split() for line in vocabulary.splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     merges = ["#version: 0.2"]
     for token in sorted(ranks, key=ranks.get)[512:]:  # the first are single bytes
         left, right = halves(token, ranks)
@@ -401,11 +441,9 @@ def tokenizer_files(vocabulary, context_length):
     start, end = "<|startoftext|>", "<|endoftext|>"
     ids = {spell(token): rank for token, rank in ranks.items()}
     ids |= {start: len(ids), end: len(ids) + 1}
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    settings = {"tokenizer_class": "CLIPTokenizer", **special, "do_lower_case": True,
-                "model_max_length": context_length}
-    return {"vocab.json": json.dumps(ids) + "\n", "merges.txt": "\n".join(merges) + "\n",
-            "special_tokens_map.json": special, "tokenizer_config.json": settings}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
+    return {"vocab.json": ids, "merges.txt": "\n".join(merges) + "\n",
+            "tokenizer_config.json": settings}  # special tokens: transformers' defaults
 
 
 def halves(token, ranks):

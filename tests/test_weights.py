@@ -1,6 +1,7 @@
 """Weights travel to OpenAI's, open_clip's and Hugging Face's layouts and back without a bit's loss,
 and whatever is not a CLIP is refused in one line."""
 import importlib.util
+import json
 import os
 import pickle
 import re
@@ -9,14 +10,17 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from configs import load_config
 from data import weights as foreign
-from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, export_clip, load_clip,
-                   load_vision, read_checkpoint, weights_checksum, write_checkpoint)
+from data.images import MEAN, STD
+from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, copy_weights, export_clip,
+                   load_clip, load_vision, read_checkpoint, weights_checksum, write_checkpoint)
 
 SMALL = CLIPConfig(embed_dim=24, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
                    vision_heads=2, context_length=12, vocab_size=50, text_width=64, text_layers=3,
@@ -57,7 +61,7 @@ def test_our_checkpoint_returns_bit_equal_with_its_origin(tmp_path):
     assert same_bits(clip, loaded) and loaded.config == QUICK and loaded.vocabulary == "words\n"
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     assert loaded.info == {"path": str(path), "sha256": foreign.sha256(path), "format": "ours",
-                           "step": 7, "samples": 70}
+                           "step": 7, "samples": 70, "config": {}}
 
 
 @pytest.mark.parametrize("layout, config", [
@@ -69,7 +73,8 @@ def test_each_layout_returns_bit_equal(layout, config, tmp_path):
         pytest.importorskip("safetensors", reason="pip install safetensors")
     clip = make_clip(config)
     export_clip(clip, tmp_path / "exported", layout)
-    loaded = load_clip(tmp_path / "exported")
+    bare = layout == "open_clip"
+    loaded = load_clip(tmp_path / "exported", quick_gelu=config.quick_gelu if bare else None)
     assert same_bits(clip, loaded) and loaded.config == config
     assert loaded.info["format"] == layout
 
@@ -87,7 +92,7 @@ def test_one_nest_and_one_prefix_are_read_and_said(nest, prefix, layout, tmp_pat
     weights = foreign.to_layout(clip.state_dict(), layout)
     weights = {prefix + name: tensor for name, tensor in weights.items()}
     torch.save({"epoch": 3, nest: weights} if nest else weights, tmp_path / "epoch_3.pt")
-    assert same_bits(clip, load_clip(tmp_path / "epoch_3.pt"))
+    assert same_bits(clip, load_clip(tmp_path / "epoch_3.pt", quick_gelu=False))
     said, = capsys.readouterr().out.splitlines()
     assert (f"under '{nest}'" in said) == bool(nest)
     assert (f"names without '{prefix}'" in said) == bool(prefix)
@@ -114,12 +119,227 @@ def test_what_hangs_in_extra_is_not_exported(tmp_path):
     assert torch.load(tmp_path / "plain.pt").keys() == torch.load(tmp_path / "extra.pt").keys()
 
 
-def test_a_bare_file_is_gelu_unless_told_and_says_so(tmp_path, capsys):
-    export_clip(make_clip(), tmp_path / "bare.pt", "open_clip")
-    assert not load_clip(tmp_path / "bare.pt").config.quick_gelu
-    assert "GELU (unless quick_gelu=True)" in capsys.readouterr().out
-    assert load_clip(tmp_path / "bare.pt", quick_gelu=True).config.quick_gelu
+# ------------------------------------------------------------ activation, configs, pixels, folders
+
+def bare(folder, clip=None):
+    """A state dict in open_clip's names: nothing in it tells its activation."""
+    export_clip(clip or make_clip(), folder / "bare.pt", "open_clip")
+    return folder / "bare.pt"
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def hub_config(quick=True, **preprocess):
+    """A config as open_clip's hub has it, for SMALL."""
+    vision = {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8}
+    text = {"context_length": 12, "vocab_size": 50, "width": 64, "heads": 1, "layers": 3}
+    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    if quick:  # open_clip leaves it away where it is false
+        model["quick_gelu"] = True
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+@pytest.mark.parametrize("read", [load_clip, load_vision, "copy to clip", "copy to vision"])
+def test_a_bare_file_is_refused_until_its_activation_is_said(read, tmp_path, capsys):
+    path = bare(tmp_path)
+    if isinstance(read, str):
+        target = make_clip(QUICK) if read == "copy to clip" else make_clip(QUICK).vision
+
+        def read(path, quick_gelu=None):
+            copy_weights(path, target, quick_gelu)
+            return target
+    with pytest.raises(ValueError, match=r"bare.pt: nothing tells its activation; say "
+                       "--quick_gelu=true") as error:
+        read(path)
+    one_line(error)
+    assert read(path, quick_gelu=True).config.quick_gelu
     assert "quick-GELU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name, form", [
+    ("open_clip_config.json", "hub"), ("config.json", "hub"), ("config.json", "model"),
+    ("config.json", "huggingface")])
+def test_a_config_beside_a_bare_file_tells_its_activation(name, form, quick, tmp_path):
+    clip = make_clip(replace(SMALL, quick_gelu=quick))
+    config = hub_config(quick)
+    if form == "model":
+        config = config["model_cfg"]
+    elif form == "huggingface":
+        config = foreign.config_files(asdict(clip.config))["config.json"]
+    write_json(tmp_path / name, config)
+    loaded = load_clip(bare(tmp_path, clip))
+    assert same_bits(clip, loaded) and loaded.config == clip.config
+    assert load_clip(tmp_path / "bare.pt", quick_gelu=not quick).config.quick_gelu == quick
+
+
+def test_a_config_that_says_nothing_of_clip_decides_nothing(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "bert", "lr": 1e-3})
+    with pytest.raises(ValueError, match="nothing tells its activation"):
+        load_clip(bare(tmp_path))
+
+
+def test_heads_are_as_open_clips_config_says(tmp_path):
+    config = hub_config()
+    config["model_cfg"]["vision_cfg"]["head_width"] = 32
+    config["model_cfg"]["text_cfg"]["heads"] = 4
+    write_json(tmp_path / "open_clip_config.json", config)
+    loaded = load_clip(bare(tmp_path))
+    assert loaded.config == replace(QUICK, vision_heads=4, text_heads=4)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_config_that_is_no_json_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: not JSON") as error:
+        load_clip(bare(tmp_path))
+    one_line(error)
+
+
+@pytest.mark.parametrize("file, section, key, value", [
+    ("open_clip_config.json", "preprocess_cfg", "mean", [0.5, 0.5, 0.5]),
+    ("open_clip_config.json", "preprocess_cfg", "mean", [0.485, 0.456, 0.406]),
+    ("open_clip_config.json", "preprocess_cfg", "std", 0.5),
+    ("preprocessor_config.json", "", "image_mean", [0.485, 0.456, 0.406]),
+    ("preprocessor_config.json", "", "image_std", [0.229, 0.224, 0.225]),
+    ("preprocessor_config.json", "", "do_normalize", False),
+    ("processor_config.json", "image_processor", "image_std", [0.5, 0.5, 0.5])])
+def test_weights_for_other_pixels_are_refused(file, section, key, value, tmp_path):
+    usual = dict(zip(("mean", "std", "image_mean", "image_std"), (MEAN, STD, MEAN, STD)))
+    path = bare(tmp_path)
+    write_json(tmp_path / "open_clip_config.json", hub_config())
+    for settings in (usual | {key: value}, usual):
+        content = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+        write_json(tmp_path / file, content | ({section: settings} if section else settings))
+        if settings is usual:
+            write_json(tmp_path / file, content | (
+                {section: usual} if section else usual | {"do_normalize": True}))
+            assert load_clip(path).config == QUICK
+        else:
+            with pytest.raises(ValueError, match=rf"{file}: {key} is .*CLIP's") as error:
+                load_clip(path)
+            one_line(error)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_folder_of_open_clips_hub_is_read(suffix, tmp_path):
+    """Also where a model.safetensors of another kind lies beside, as timm's in some."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    clip = make_clip(QUICK)
+    tensors = foreign.to_layout(clip.state_dict(), "open_clip")
+    if suffix == "bin":
+        torch.save(tensors, tmp_path / "open_clip_pytorch_model.bin")
+    else:
+        safetensors.save_file(tensors, tmp_path / "open_clip_model.safetensors")
+    safetensors.save_file({"cls_token": torch.zeros(1)}, tmp_path / "model.safetensors")
+    write_json(tmp_path / "open_clip_config.json", hub_config(mean=MEAN, std=STD))
+    loaded = load_clip(tmp_path)
+    assert same_bits(clip, loaded) and loaded.config == QUICK
+
+
+def in_shards(folder, clip):
+    """The folder of Hugging Face with its tensors in two files and an index."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors")
+    export_clip(clip, folder, "huggingface")
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    place = {name: files[i % 2] for i, name in enumerate(tensors)}
+    for file in files:
+        safetensors.save_file({name: tensors[name] for name in tensors if place[name] == file},
+                              folder / file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": place})
+    return folder / "model.safetensors.index.json", folder / files[1]
+
+
+def test_sharded_safetensors_are_read_by_their_index(tmp_path):
+    clip = make_clip(QUICK)
+    index, _ = in_shards(tmp_path, clip)
+    loaded = load_clip(tmp_path)
+    assert same_bits(clip, loaded) and same_bits(clip, load_clip(index))
+    in_shards(tmp_path, make_clip(replace(QUICK, embed_dim=16)))
+    write_json(index, json.loads(index.read_text()))
+    assert load_clip(tmp_path).info["sha256"] != loaded.info["sha256"]  # by content
+
+
+def test_a_missing_shard_and_a_bad_index_are_named(tmp_path):
+    index, shard = in_shards(tmp_path, make_clip(QUICK))
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name) as error:
+        load_clip(tmp_path)
+    one_line(error)
+    write_json(index, {"weights": 1})
+    with pytest.raises(ValueError, match=r"index\.json: not an index of weights") as error:
+        load_clip(tmp_path)
+    one_line(error)
+
+
+# ------------------------------------------------------------------------------- the command export
+
+@pytest.mark.parametrize("layout", ["openai", "open_clip", "huggingface"])
+def test_the_command_exports_a_checkpoint(layout, tmp_path, capsys):
+    from data.prepare import export
+    if layout == "huggingface":
+        pytest.importorskip("safetensors", reason="pip install safetensors")
+    clip, target = make_clip(QUICK), tmp_path / "exported"
+    save_ours(tmp_path / "ckpt.pt", clip)
+    export.main([str(tmp_path / "ckpt.pt"), layout, str(target)])
+    assert f"{target}: {layout} layout, quick-GELU" in capsys.readouterr().out
+    said = True if layout == "open_clip" else None
+    assert same_bits(clip, load_clip(target, quick_gelu=said))
+
+
+def test_the_command_overwrites_nothing_and_says_how_it_is_written(tmp_path):
+    from data.prepare import export
+    save_ours(tmp_path / "ckpt.pt", make_clip())
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="ckpt.pt: is there already"):
+        export.main([str(tmp_path / "ckpt.pt"), "open_clip", str(tmp_path / "ckpt.pt")])
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="CHECKPOINT LAYOUT TARGET"):
+        export.main([str(tmp_path / "ckpt.pt"), "open_clip"])
+
+
+def test_the_command_takes_a_bare_file_once_its_activation_is_said(tmp_path):
+    from data.prepare import export
+    arguments = [str(bare(tmp_path)), "openai", str(tmp_path / "ViT.pt")]
+    with pytest.raises(ValueError, match="nothing tells its activation"):
+        export.main(arguments)
+    export.main([*arguments, "--quick_gelu=true"])
+    assert load_clip(tmp_path / "ViT.pt").config == QUICK
+
+
+# ------------------------------------------------------------------------------- in the two scripts
+
+@pytest.mark.parametrize("said", [True, False])
+def test_pretrains_init_needs_the_activation_of_a_bare_file(said, tmp_path):
+    import pretrain
+    toy = replace(SIZES["toy"], vocab_size=50)
+    path = bare(tmp_path, make_clip(toy))
+    tokenizer = SimpleNamespace(size=50, text="words\n")
+
+    def build(*options):
+        argv = [f"--init={path}", "--model=toy", "--image_size=32", "--context_length=32"]
+        config, _ = load_config(pretrain.Config, vars(pretrain), [*argv, *options])
+        return pretrain.build(config, tokenizer)
+
+    with pytest.raises(ValueError, match="nothing tells its activation"):
+        build()
+    clip, _, source = build(f"--quick_gelu={said}")
+    assert clip.config.quick_gelu == said and str(path) in source
+
+
+def test_perceptual_inits_init_needs_the_activation_of_a_bare_file(tmp_path):
+    import perceptual_init
+    path = bare(tmp_path, make_clip(replace(SIZES["toy"], vocab_size=50)))
+    config = perceptual_init.Config(init=str(path), model="toy", image_size=32)
+    with pytest.raises(ValueError, match="nothing tells its activation"):
+        perceptual_init.build(config, "cpu")
+    whole, _ = perceptual_init.build(replace(config, quick_gelu=True), "cpu")
+    assert whole.config.quick_gelu
+
 
 
 def test_names_and_shapes_are_those_of_openais_vit_b_32():
@@ -349,7 +569,7 @@ def test_a_wrong_tensor_is_named(layout, fault, tmp_path):
     else:
         torch.save(weights, path)
     with pytest.raises(ValueError, match=re.escape(name)) as error:
-        load_clip(path)
+        load_clip(path, quick_gelu=True)
     assert one_line(error).startswith(f"{path}: tensor {name} ")
 
 
@@ -407,7 +627,7 @@ def test_the_vision_tower_comes_from_stage_1_or_from_any_clip(tmp_path):
     save_ours(tmp_path / "vision.pt", clip, kind="vision", weights=clip.vision.state_dict())
     export_clip(clip, tmp_path / "open.pt", "open_clip")
     for name in ("clip.pt", "vision.pt", "open.pt"):
-        vision = load_vision(tmp_path / name)
+        vision = load_vision(tmp_path / name, quick_gelu=False)
         assert isinstance(vision, VisionTower) and not vision.training
         assert same_bits(vision, clip.vision) and vision.config == SMALL
         assert vision.info["path"] == str(tmp_path / name)

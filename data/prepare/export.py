@@ -1,0 +1,35 @@
+"""Weights -> a file or folder that other programs open.
+
+    python -m data.prepare.export CHECKPOINT LAYOUT TARGET
+
+LAYOUT is "openai" or "open_clip", TARGET then a file, or "huggingface", a folder for
+transformers' CLIPModel. CHECKPOINT is a whole CLIP, of ours or of anyone that model.load_clip
+reads. Nothing is overwritten.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import load_config  # before torch: see there
+from data.log import run_main
+from model import export_clip, load_clip
+
+
+@dataclass
+class Config:
+    quick_gelu: bool | None = None  # activation of foreign weights that do not tell it
+
+
+def main(argv=None):
+    config, others = load_config(Config, globals(), argv)
+    if len(others) != 3:
+        raise ValueError("write: python -m data.prepare.export CHECKPOINT LAYOUT TARGET")
+    checkpoint, layout, target = others
+    if Path(target).exists():
+        raise ValueError(f"{target}: is there already; name another target")
+    clip = load_clip(checkpoint, quick_gelu=config.quick_gelu)
+    export_clip(clip, target, layout)
+    print(f"{target}: {layout} layout, {'quick-' * clip.config.quick_gelu}GELU")
+
+
+if __name__ == "__main__":
+    run_main(main)
