@@ -10,13 +10,15 @@
     results.py     result files, and what can be said of two or more runs
     log.py         log.jsonl, the terminal's line, progress, a run's record
     ranks.py       which process of a run this is, and what the processes tell each other
-    look.py        pairs to search in with a sentence or a picture, and the picture of what is found
+    pieces.py      a training step in pieces: micro-batches, and chunks of the loss
+    look.py        pairs to search in with a sentence or a picture, and the picture of them
     weights.py     CLIP weights in the files of OpenAI, open_clip and Hugging Face
     prepare/       commands that make, fetch or convert data, `python -m data.prepare.NAME`:
                    toy (a small world in all of these formats), own (your images and captions),
-                   yfcc15m, nights, triplets, benchmarks, vocabulary (the published sets), check;
-                   and what they share: tars.py writes shards, index.py reads and indexes them
+                   yfcc15m, nights, triplets, benchmarks, vocabulary (the published sets), check,
+                   export (weights for others); and what they share: tars.py writes shards,
+                   index.py reads and indexes them, captions.py reads tables, hub.py fetches
 
-Commands write shards, `shards` indexes them once, `pairs` makes batches of them with `images` and
-`text`. Nothing here imports the model.
+Commands write shards, `shards` indexes them once, `pairs` makes batches of them with `images`
+and `text`. Only prepare/export.py imports the model.
 """

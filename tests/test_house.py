@@ -126,7 +126,7 @@ def test_scripts_import_downwards_only():
     for name, names in allowed.items():
         assert packages(ROOT / name) & scripts <= names, name
     for path in CODE:
-        if path.name not in SCRIPTS:
+        if path.name not in (*SCRIPTS, "export.py"):  # which writes a model for other people
             assert not packages(path) & scripts, path
 
 
