@@ -1,4 +1,5 @@
 """configs/ideas: every idea gives the same whatever micro-batches, ranks and interruptions."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,24 +16,41 @@ import torch.nn.functional as F
 import pretrain
 from configs import load_config
 from data.ranks import Ranks
-from model import load_clip, read_checkpoint
+from data.text import Tokenizer
+from model import CLIP, FORMAT, SIZES, load_clip, read_checkpoint, write_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IDEAS = sorted(path.stem for path in (ROOT / "configs/ideas").glob("*.py"))
-OPTIONS = {"alone": ["--group=6"], "lit": ["--init_vision="], "metaclip": ["--at_most=20"],
-           "refine": ["--init="]}  # so that an idea shows at a batch of 16, without files
-ON_RANKS = {"siglip", "mosaic", "slip"}  # of those whose rule allows it, one a kind of collective
+OPTIONS = {  # so that an idea shows at a batch of 16, with files that are there
+    "alone": ["--group=6"], "captions": ["--data={world}/pairs/held_out", "--grouping=1"],
+    "degla": ["--momentum=0.8"], "lit": ["--init_vision="], "metaclip": ["--at_most=20"],
+    "modx": ["--init={start}"], "momentum": ["--momentum=0.8"], "refine": ["--init="],
+    "zscl": ["--init={start}"]}
+ON_RANKS = {"siglip", "mosaic", "slip", "negclip", "zscl"}  # one a kind of collective
 
 
 @pytest.fixture(scope="module")
-def arguments(toy_world):
+def start(toy_world, tmp_path_factory):
+    """A whole CLIP of the toy's size, for ideas that begin with a trained one."""
+    tokenizer = Tokenizer(toy_world / "vocabulary/toy.tiktoken")
+    clip = CLIP(dataclasses.replace(SIZES["toy"], vocab_size=tokenizer.size))
+    path = tmp_path_factory.mktemp("start") / "ckpt.pt"
+    write_checkpoint(path, {"format": FORMAT, "kind": "clip", "weights": clip.state_dict(),
+                            "model": dataclasses.asdict(clip.config),
+                            "vocabulary": tokenizer.text})
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(toy_world, start):
     """arguments(idea, out_dir, *more) of a six-step run of 16 pairs on the small toy world."""
     def build(idea, out_dir, *more):
         return [str(ROOT / "configs/toy.py"), str(ROOT / f"configs/ideas/{idea}.py"),
                 f"--data={toy_world}/pairs", f"--vocabulary={toy_world}/vocabulary/toy.tiktoken",
                 "--held_out=", f"--out_dir={out_dir}", "--batch_size=16", "--max_steps=6",
                 "--warmup_steps=2", "--workers=0", "--log_every=1", "--save_every=3",
-                "--keep_at=()", *OPTIONS.get(idea, []), *more]
+                "--keep_at=()", *more,
+                *[option.format(world=toy_world, start=start) for option in OPTIONS.get(idea, [])]]
     return build
 
 
