@@ -29,6 +29,8 @@ from evaluate import embed_triplets, evaluate_set, two_afc
 from model import (FORMAT, SIZES, VisionTower, load_clip, optimizer_groups, read_checkpoint,
                    weights_checksum, write_checkpoint)
 
+HOOKS = ("triplet_loss", "lr_at", "augment", "batch_loss")  # what a recipe may replace
+
 
 @dataclass
 class Config:
