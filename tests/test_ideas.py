@@ -1,4 +1,5 @@
 """configs/ideas: every idea gives the same whatever micro-batches, ranks and interruptions."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,24 +16,39 @@ import torch.nn.functional as F
 import pretrain
 from configs import load_config
 from data.ranks import Ranks
-from model import load_clip, read_checkpoint
+from model import (FORMAT, SIZES, VisionTower, load_clip, read_checkpoint,
+                   write_checkpoint)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ON_STAGE_1 = {"same_pictures"}  # recipes over perceptual_init.py: tests/test_perceptual_init.py
 IDEAS = sorted({path.stem for path in (ROOT / "configs/ideas").glob("*.py")} - ON_STAGE_1)
-OPTIONS = {"alone": ["--group=6"]}  # so that an idea shows at a batch of 16
+OPTIONS = {"alone": ["--group=6"],  # so that an idea shows at a batch of 16
+           "permuted_init": ["--init_vision={tower}"], "longer_baseline": ["--stage_1={tower}"],
+           "mimetic_init": ["--lr=5e-4"]}  # its attention is sharp: rounding grows with the steps
 ON_RANKS = {"siglip"}  # of those whose rule allows it, one a kind of collective
 
 
 @pytest.fixture(scope="module")
-def arguments(toy_world):
+def tower(tmp_path_factory):
+    """A vision tower of the toy's size, as stage 1 leaves it: for the controls."""
+    size = dataclasses.replace(SIZES["toy"], vocab_size=0)  # stage 1 has no vocabulary
+    path = tmp_path_factory.mktemp("stage_1") / "ckpt.pt"
+    write_checkpoint(path, {"format": FORMAT, "kind": "vision", "samples": 32,
+                            "model": dataclasses.asdict(size),
+                            "weights": VisionTower(size).state_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(toy_world, tower):
     """arguments(idea, out_dir, *more) of a six-step run of 16 pairs on the small toy world."""
     def build(idea, out_dir, *more):
         return [str(ROOT / "configs/toy.py"), str(ROOT / f"configs/ideas/{idea}.py"),
                 f"--data={toy_world}/pairs", f"--vocabulary={toy_world}/vocabulary/toy.tiktoken",
                 "--held_out=", f"--out_dir={out_dir}", "--batch_size=16", "--max_steps=6",
                 "--warmup_steps=2", "--workers=0", "--log_every=1", "--save_every=3",
-                "--keep_at=()", *OPTIONS.get(idea, []), *more]
+                "--keep_at=()", *more,
+                *[option.format(tower=tower) for option in OPTIONS.get(idea, [])]]
     return build
 
 
@@ -113,8 +129,7 @@ def test_two_ranks_make_the_steps_of_one(arguments, whole, tmp_path, idea):
 
 @pytest.mark.parametrize("idea", IDEAS)
 def test_a_checkpoint_opens_without_what_only_training_needs(whole, idea):
-    clip = load_clip(whole(idea) / "ckpt.pt")
-    assert not list(clip.extra.parameters())
+    assert not list(load_clip(whole(idea) / "ckpt.pt").extra.parameters())
     assert read_checkpoint(whole(idea) / "ckpt.pt")["hooks"]
     record = whole(idea) / "record"
     assert list(record.rglob(f"{idea}.py")) and list(record.rglob("toy.py"))
