@@ -641,61 +641,24 @@ def test_things_trains_augmented_and_resumes_bit_for_bit(arguments, tmp_path):
     assert trace(tmp_path / "cut") == trace(tmp_path / "whole") != trace(tmp_path / "plain")
 
 
-# A control without judgements: two views of ref are nearer to each other than to left and right.
-SAME_PICTURES = '''
-import numpy as np
-import torch
-import torch.nn.functional as F
-from data.images import Augmentation, augment_batch, draw_augmentation
-from data.order import sample_rng
-from evaluate import two_afc
-from perceptual_init import triplet_loss
-
-_AUGMENTATION = Augmentation(flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0)
-
-def augment(images, samples, epoch, seed):
-    draws = [draw_augmentation(_AUGMENTATION, sample_rng(seed, epoch, int(sample)))
-             for sample in samples]
-    draws = torch.from_numpy(np.stack(draws)).to(images.device)
-    return augment_batch(images, draws, _AUGMENTATION)
-
-def batch_loss(tower, samples, images, labels, epoch, config):
-    images = torch.cat([images, images[:, :1]], 1)              # (b,4,3,S,S): ref once more,
-    samples = torch.cat([samples, samples[:, :1] + 2**40], 1)   # (b,4): with draws of its own
-    pixels = augment(images.flatten(0, 1), samples.flatten(), epoch, config.seed)
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        embeddings = tower(pixels)                              # (4b,E)
-    embeddings = F.normalize(embeddings.float(), dim=-1)
-    ref, left, right, again = embeddings.unflatten(0, (-1, 4)).unbind(1)
-    chosen = torch.ones_like(labels)
-    loss = (triplet_loss(ref, left, again, chosen, config.margin)
-            + triplet_loss(ref, right, again, chosen, config.margin)) / 2
-    return loss, two_afc(ref, left, right, labels).mean()
-'''
+SAME_PICTURES = str(ROOT / "configs/ideas/same_pictures.py")
 
 
-@pytest.fixture
-def same_pictures(tmp_path):
-    (tmp_path / "same_pictures.py").write_text(SAME_PICTURES)
-    return str(tmp_path / "same_pictures.py")
-
-
-def test_a_recipe_trains_on_the_same_pictures_without_judgements(arguments, tmp_path,
-                                                                 same_pictures):
-    here(arguments(tmp_path / "plain", same_pictures))
-    here(arguments(tmp_path / "shuffled", same_pictures, "--shuffle_votes=True"))
+def test_a_recipe_trains_on_the_same_pictures_without_judgements(arguments, tmp_path):
+    here(arguments(tmp_path / "plain", SAME_PICTURES))
+    here(arguments(tmp_path / "shuffled", SAME_PICTURES, "--shuffle_votes=True"))
     plain, shuffled = (weights_of(tmp_path / run / "ckpt.pt") for run in ("plain", "shuffled"))
     assert same(plain, shuffled)  # no vote is looked at
     losses = [record["loss"] for record in log_of(tmp_path / "plain") if "loss" in record]
     assert losses[-1] < losses[0]
 
 
-def test_a_replaced_batch_loss_accumulates_and_resumes_exactly(arguments, tmp_path, same_pictures):
+def test_a_replaced_batch_loss_accumulates_and_resumes_exactly(arguments, tmp_path):
     for micro in (0, 5):
-        here(arguments(tmp_path / str(micro), same_pictures, f"--micro_batch={micro}"))
+        here(arguments(tmp_path / str(micro), SAME_PICTURES, f"--micro_batch={micro}"))
     for whole, parts in zip(trace(tmp_path / "0"), trace(tmp_path / "5"), strict=True):
         # twelve steps of AdamW at most: fp32 rounding grows from 1e-7
         assert parts == pytest.approx(whole, rel=1e-3)
-    crash(5, arguments(tmp_path / "cut", same_pictures))
-    here(arguments(tmp_path / "cut", same_pictures))
+    crash(5, arguments(tmp_path / "cut", SAME_PICTURES))
+    here(arguments(tmp_path / "cut", SAME_PICTURES))
     assert trace(tmp_path / "cut") == trace(tmp_path / "0")
