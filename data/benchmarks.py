@@ -1,33 +1,25 @@
 """Evaluation sets: the table of rows (benchmarks.csv), and one set as it lies on disk.
 
-A set is a folder wds_<name>_test, or wds_<name>, with
+A set is a folder wds_<name>_test, or wds_<name>, as huggingface.co/djghosh and /clip-benchmark
+have them and `data.prepare.tars.write_set` writes them, of classnames.txt (line number =
+label), zeroshot_classification_templates.txt (one prompt a line, {c} stands for the name),
+test/nshards.txt, test/0.tar, 1.tar ... and, optional, dataset_type.txt (classification,
+retrieval or multilabel) and family.txt (the family it is averaged in).
 
-    classnames.txt                           line number = label
-    zeroshot_classification_templates.txt    one prompt a line, {c} stands for the name
-    dataset_type.txt                         optional: classification, retrieval or multilabel
-    family.txt                               optional: the family it is averaged in
-    test/nshards.txt, test/0.tar, 1.tar ...  the samples
-
-The two public homes, huggingface.co/djghosh and huggingface.co/clip-benchmark, have this
-layout, and `data.prepare.tars.write_set` writes it. An evaluation is never quietly smaller:
-whatever is missing or unreadable is an error that names it. Letters: n samples, C classes, m
-captions.
+An evaluation is never quietly smaller: whatever is missing or unreadable is an error that names
+it. Letters: n samples, C classes, m captions.
 """
 import csv
 import hashlib
 import io
-import itertools
 import os
-import re
-import tarfile
 import typing
 from pathlib import Path
 
 import numpy as np
 
-from data.images import DECODER_ERRORS, BadImage, open_image
-
-# -------------------------------------------------------------------------- the table of rows
+from data.images import DECODER_ERRORS, decode, open_image
+from data.shards import IMAGE_KINDS
 
 
 class Row(typing.NamedTuple):
@@ -43,73 +35,61 @@ class Row(typing.NamedTuple):
     lists: tuple = ()  # which of the two lists of LISTS have it
 
 
-def read_rows(path):
-    """The Rows of a CSV file; several names are separated by spaces, figures by slashes."""
+def read_rows():
+    """The rows of benchmarks.csv: names are separated by spaces, figures by slashes."""
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(Path(__file__).with_suffix(".csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             figures = line["published"].split("/")
             published = tuple(None if text == "-" else float(text) for text in figures)
             rows.append(Row(line["title"], line["family"], tuple(line["sets"].split()),
                             int(line["n"]), int(line["classes"]), line["main"],
                             int(line["templates"]), published, tuple(line["lists"].split())))
-    return tuple(rows)
+    return rows
 
 
-_TABLE = read_rows(Path(__file__).with_suffix(".csv"))
+_TABLE = read_rows()
 ROWS = tuple(row for row in _TABLE if row.n > 0)  # all but Birdsnap, which neither home has
 # This paper has two lists of 29: its group's script ran "code", a later plan names "plan".
 LISTS = {name: tuple(row for row in _TABLE if name in row.lists) for name in ("code", "plan")}
 ROW_OF = {name: row for row in _TABLE for name in row.sets}
-MAIN = {"classification": "acc1", "multilabel": "mean_average_precision",
-        "retrieval": "mean_recall@1"}  # the main metric of sets that have no row
-
-
-def set_name(folder):
-    """wds_<name>_test or wds_<name> -> <name>; None if the folder's name has neither form."""
-    match = re.fullmatch(r"wds_(.+?)(_test)?", os.path.basename(os.path.normpath(folder)))
-    return match[1] if match else None
 
 
 def find_sets(folder):
     """{set name: folder} of every set in `folder`, in the order of the folders' names.
 
-    A row's set goes by its first name whichever home it came from. Raises FileNotFoundError for
-    a missing or empty folder and ValueError where two folders are the same set.
+    FileNotFoundError where there is none, ValueError where two folders are the same set.
     """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"benchmarks={folder}: no such folder; data.prepare.toy draws "
-                                "one, data.prepare.benchmarks fetches the real sets")
     found = {}
-    for entry in sorted(os.listdir(folder)):
-        path, name = os.path.join(folder, entry), set_name(entry)
-        if name is None or not os.path.isdir(path):
-            continue
-        if name in ROW_OF:
-            name = ROW_OF[name].sets[0]
+    for path in sorted(Path(folder).glob("wds_?*/")):
+        name = set_name(path)
         if name in found:  # the two homes differ in prompts (SVHN), so no silent choice
-            raise ValueError(f"{folder}: {os.path.basename(found[name])} and {entry} are the "
-                             "same set; move one of them away")
+            raise ValueError(f"{found[name]} and {path} are the same set; move one away")
         found[name] = path
     if not found:
-        raise FileNotFoundError(f"benchmarks={folder}: holds no folder wds_<name>_test")
+        raise FileNotFoundError(f"benchmarks={folder}: no such folder, or no set in it; "
+                                "data.prepare.toy and data.prepare.benchmarks make some")
     return found
+
+
+def set_name(folder):
+    """wds_<name>_test or wds_<name> -> <name>; of a row its first, from whichever home."""
+    name = Path(folder).name.removeprefix("wds_").removesuffix("_test")
+    return ROW_OF[name].sets[0] if name in ROW_OF else name
 
 
 def unlike_row(benchmark):
     """How a BenchmarkSet differs from the row of its name, as a sentence; "" if it does not."""
-    row = ROW_OF.get(benchmark.name)
-    n, classes = len(benchmark), len(benchmark.classnames)
+    row, n, classes = benchmark.row, len(benchmark), len(benchmark.classnames)
     if row not in ROWS or (n, classes) == (row.n, row.classes):
         return ""
     return (f"{benchmark.folder}: {n:,} images in {classes:,} classes, but {row.title} has "
             f"{row.n:,} in {row.classes:,}")
 
 
-# -------------------------------------------------------------------------- one set on disk
-
-_IMAGE_TYPES = ("webp", "png", "jpg", "jpeg")
-_LABEL_TYPE = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+# type: the kind of its label files, and the main metric of sets that have no row
+TYPES = {"classification": ("cls", "acc1"), "multilabel": ("npy", "mean_average_precision"),
+         "retrieval": ("txt", "mean_recall@1")}
 
 
 class BenchmarkSet:
@@ -118,19 +98,17 @@ class BenchmarkSet:
     classnames, templates: lists of str (empty for retrieval).  labels: (n,) int64, (n,C) for
     multilabel, (m,) image index of each caption for retrieval.  captions: list of m str.
     fingerprints: sha256 of the class names, the templates, the samples (names, sizes, labels).
-    Raises FileNotFoundError or ValueError that names the file, or the shard and member.
+    Raises OSError or ValueError that names the file, or the shard and member.
     """
 
     def __init__(self, folder):
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such benchmark set")
-        self.folder = folder
-        self.name = set_name(folder) or os.path.basename(folder)
-        self.type = self._text("dataset_type.txt", "classification").strip().lower()
-        if self.type not in _LABEL_TYPE:
+        self.folder, self.name = Path(folder), set_name(folder)
+        self.row = ROW_OF.get(self.name)
+        self.type = self._lines("dataset_type.txt", "classification")[0].lower()
+        if self.type not in TYPES:
             raise ValueError(f"{folder}/dataset_type.txt: {self.type!r} is none of "
-                             f"{', '.join(_LABEL_TYPE)}")
-        self.family = self._text("family.txt", "other").strip()
+                             f"{', '.join(TYPES)}")
+        self.family = self.row.family if self.row else self._lines("family.txt", "other")[0]
         self.classnames, self.templates = [], []
         if self.type != "retrieval":
             self.classnames = self._lines("classnames.txt")  # an empty line is a class as well
@@ -139,24 +117,20 @@ class BenchmarkSet:
             if "{c}" not in template:
                 raise ValueError(f"{folder}/zeroshot_classification_templates.txt:{number}: "
                                  f"{template!r} has no {{c}} for the class name")
-        samples_sha256 = self._index()
-        self.fingerprints = {"classnames_sha256": _sha256(self.classnames),
-                             "templates_sha256": _sha256(self.templates),
-                             "samples_sha256": samples_sha256}
+        self._index()
 
     def __len__(self):
         return len(self._places)
 
     def image(self, i):
-        """Image i as Pillow RGB. Plain convert("RGB"), as the published figures were made."""
-        path, place = self._places[i]
+        """Image i as Pillow RGB: a row's as published, of other sets as training reads it."""
+        path, name, offset, size = self._places[i]
         with open(path, "rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.size)
+            content = os.pread(file.fileno(), size, offset)
         try:
-            return open_image(content).convert("RGB")
-        except (BadImage, *DECODER_ERRORS) as error:
-            raise ValueError(f"{path}: {place.name}: undecodable image ({error})") from None
+            return open_image(content).convert("RGB") if self.row else decode(content)
+        except DECODER_ERRORS as error:
+            raise ValueError(f"{path}: {name}: undecodable image ({error})") from None
 
     def prompts(self):
         """C*T prompts, class after class; str.replace, because names may hold braces."""
@@ -165,145 +139,94 @@ class BenchmarkSet:
 
     def about(self):
         """What a result file says of the set."""
-        row = ROW_OF.get(self.name)
-        return {"main": row.main if row else MAIN[self.type],
-                "family": row.family if row else self.family, "type": self.type,
+        return {"main": self.row.main if self.row else TYPES[self.type][1],
+                "family": self.family, "type": self.type,
                 "n": len(self), "classes": len(self.classnames),
                 "templates": len(self.templates), "captions": len(self.captions),
-                "partial": bool(unlike_row(self)), **self.fingerprints}
+                "partial": bool(unlike_row(self)),
+                "pixels": "as published" if self.row else "upright", **self.fingerprints}
+
+    def _lines(self, name, default=None):
+        path = self.folder / name
+        if default and not path.exists():
+            return [default]
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is not UTF-8 text") from None
+        return [line.strip() for line in lines or [""]]
 
     def _index(self):
-        """Note labels, and where images lie; the sha256 of names, sizes and labels."""
+        """Note labels, where images lie, and fingerprints, shard by shard."""
+        test, count = self.folder / "test", self._lines("test/nshards.txt")[0]
+        if not count.isdecimal():
+            raise ValueError(f"{test}/nshards.txt: {count!r} is not a number of shards")
+        shards = [test / f"{number}.tar" for number in range(int(count))]
+        for path in set(test.glob("*.tar")) - set(shards):
+            raise ValueError(f"{path}: one too many, nshards.txt says {count} shards")
         self._places, self.captions, labels = [], [], []
-        digest = hashlib.sha256()
-        for path in self._shards():
-            for key, parts in read_samples(path):
-                image, label = self._parts(path, key, parts)
+        samples = hashlib.sha256()
+        for path in shards:
+            for (name, offset, size), label, content in read_samples(path, TYPES[self.type][0]):
                 try:
-                    value = self._label(label.content)
+                    labels += self._labels(content)
                 except ValueError as error:
-                    raise ValueError(f"{path}: {label.name}: {error}") from None
-                if self.type == "retrieval":
-                    labels += [len(self._places)] * len(value)
-                    self.captions += value
-                else:
-                    labels.append(value)
-                self._places.append((path, image))
-                digest.update(f"{image.name} {image.size} ".encode() + label.content)
+                    raise ValueError(f"{path}: {label}: {error}") from None
+                self._places.append((path, name, offset, size))
+                samples.update(f"{name} {size} ".encode() + content)
         if not self._places:
             raise ValueError(f"{self.folder}: its shards hold no samples")
         self.labels = np.array(labels, dtype=np.int64)
-        return digest.hexdigest()
+        self.fingerprints = {"samples_sha256": samples.hexdigest()}
+        for what, lines in (("classnames", self.classnames), ("templates", self.templates)):
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+            self.fingerprints[f"{what}_sha256"] = digest
 
-    def _parts(self, path, key, parts):
-        """The image and the label among a sample's files."""
-        images = [parts[extension] for extension in _IMAGE_TYPES if extension in parts]
-        if len(images) != 1:
-            raise ValueError(f"{path}: {key} has {len(images)} images ({', '.join(parts)}), "
-                             f"must have one of {', '.join(_IMAGE_TYPES)}")
-        kind = _LABEL_TYPE[self.type]
-        if kind not in parts:
-            raise ValueError(f"{path}: {key}.{kind} is missing (only {', '.join(parts)})")
-        return images[0], parts[kind]
-
-    def _label(self, content):
-        """A label's bytes -> int, list of captions, or (C,) array of 0 and 1."""
+    def _labels(self, content):
+        """The bytes of the next image's label -> its elements of .labels; notes captions."""
         classes = len(self.classnames)
         if self.type == "retrieval":
             captions = content.decode().splitlines()  # UnicodeDecodeError is a ValueError
             if not captions:
                 raise ValueError("no caption")
-            return captions
+            self.captions += captions
+            return [len(self._places)] * len(captions)
         if self.type == "multilabel":
             vector = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
             if vector.shape != (classes,) or not np.isin(vector, (0, 1)).all():
-                raise ValueError(f"must be {classes} values of 0 or 1, a line of "
-                                 "classnames.txt each")
-            return vector
-        text = content.decode("ascii").strip()
-        if not text.isdecimal():
-            raise ValueError(f"{text[:40]!r} is not a label")
-        if int(text) >= classes:
-            raise ValueError(f"label {int(text)}, but classnames.txt has {classes} lines "
+                raise ValueError(f"must be {classes} values of 0 or 1, one a class name")
+            return [vector]
+        text = " ".join(content.decode("ascii").split())
+        if not text.isdecimal() or int(text) >= classes:
+            raise ValueError(f"label {text[:40]}, but classnames.txt has {classes} lines "
                              f"(labels 0 to {classes - 1})")
-        return int(text)
-
-    def _shards(self):
-        """The shard paths in numeric order, all that nshards.txt promises and no other."""
-        test = os.path.join(self.folder, "test")
-        count = self._text("test/nshards.txt").strip()
-        if not count.isdecimal() or int(count) == 0:
-            raise ValueError(f"{test}/nshards.txt: {count!r} is not a number of shards")
-        wanted = [f"{number}.tar" for number in range(int(count))]
-        present = [name for name in os.listdir(test) if name.endswith(".tar")]
-        for name in sorted(set(wanted) ^ set(present)):
-            state = "missing" if name in wanted else "one too many"
-            raise ValueError(f"{test}/{name}: {state}, nshards.txt says {count} shards")
-        return [os.path.join(test, name) for name in wanted]
-
-    def _text(self, name, default=None):
-        path = Path(self.folder, name)
-        if default is not None and not path.exists():
-            return default
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: missing; every set of type {self.type} needs it")
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: is not UTF-8 text") from None
-
-    def _lines(self, name):
-        lines = [line.strip() for line in self._text(name).splitlines()]
-        if not lines:
-            raise ValueError(f"{self.folder}/{name}: is empty")
-        return lines
+        return [int(text)]
 
 
-class Part(typing.NamedTuple):
-    """A file in a shard: where its bytes lie, and those of a label."""
-    name: str
-    offset: int
-    size: int
-    content: bytes | None
+def read_samples(path, label_kind):
+    """Yield (image, label's name, label's bytes) of each sample of a shard, in its order.
 
-
-def read_samples(path):
-    """Yield (key, {extension: Part}) of each sample of a shard, in its order.
-
-    Consecutive files with one key, which is the name up to its first dot, are one sample.
+    image: (name, offset, size). A sample's key is webdataset's: the path up to the first dot.
     """
-    for key, files in itertools.groupby(read_files(path), lambda file: file.name.split(".")[0]):
-        parts = {}
-        for file in files:
-            extension = file.name.removeprefix(f"{key}.")
-            if extension in parts:
-                raise ValueError(f"{path}: {file.name} is there twice")
-            parts[extension] = file
-        yield key, parts
-
-
-def read_files(path):
-    """Yield each file of a shard as a Part; ValueError if the shard is damaged or cut.
-
-    tarfile ends quietly at a damaged or missing header, but a whole archive ends in zeros.
-    """
-    name = "its beginning"
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8", errors="replace") as shard:
-            for info in filter(tarfile.TarInfo.isfile, shard):
-                key, dot, extension = os.path.basename(info.name).partition(".")
-                name, content = key + dot + extension.lower(), None
-                if name.endswith(tuple(_LABEL_TYPE.values())):
-                    content = shard.extractfile(info).read()
-                yield Part(name, info.offset_data, info.size, content)
-            shard.fileobj.seek(shard.offset)
-            end = shard.fileobj.read()
-            if any(end) or len(end) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError
-    except (tarfile.TarError, ValueError, OverflowError):  # the latter by damaged numbers
-        raise ValueError(f"{path}: broken shard, cut or damaged after {name}; "
-                         "fetch it again") from None
-
-
-def _sha256(lines):
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    from data.prepare.index import read_members, split_name  # an edge
+    members, last = read_members(path)
+    if last is not None:
+        raise ValueError(f"{path}: broken shard, cut or damaged after "
+                         f"{last.decode(errors='replace') or 'its beginning'}; fetch it again")
+    samples = {}
+    for member, offset, size in members:
+        key, kind = split_name(member)
+        name = f"{os.path.basename(key).decode(errors='replace')}.{kind}"
+        parts = samples.setdefault(key, {})
+        if kind in parts:
+            raise ValueError(f"{path}: {name} is there twice")
+        parts[kind] = (name, offset, size)
+    with open(path, "rb") as file:
+        for key, parts in samples.items():
+            images = [parts[kind] for kind in IMAGE_KINDS if kind in parts]
+            if len(images) != 1 or label_kind not in parts:
+                raise ValueError(f"{path}: {key.decode(errors='replace')} has "
+                                 f"{', '.join(parts)}; needs {label_kind} and one of "
+                                 f"{', '.join(IMAGE_KINDS)}")
+            name, offset, size = parts[label_kind]
+            yield images[0], name, os.pread(file.fileno(), size, offset)

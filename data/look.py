@@ -1,7 +1,6 @@
 """Pictures of what is nearest to a text or an image: evaluate.py --query and --image."""
 import os
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -26,23 +25,18 @@ class Pool:
 def read_pool(folder, count):
     """The first `count` pairs of a folder, as far as they are readable, with first captions."""
     index_shards(folder)
-    shards = Shards(folder)
+    shards, images, captions = Shards(folder), [], []
     count = min(count, len(shards))
-    with ThreadPoolExecutor() as threads:
-        pairs = list(threads.map(lambda i: read_pair(shards, i), range(count)))
-    pairs = [pair for pair in pairs if pair is not None]
-    print(f"{folder}: searching {len(pairs)} images of {len(shards)}, "
-          f"{count - len(pairs)} unreadable ones left out")
-    return Pool([image for image, _ in pairs], [caption for _, caption in pairs])
-
-
-def read_pair(shards, i):
-    """(Pillow image, caption) of pair i, None if the image is unreadable."""
-    content, captions = shards[i]
-    try:
-        return decode(content), captions[0]
-    except BadImage:
-        return None
+    for i in range(count):
+        content, lines = shards[i]
+        try:
+            images.append(decode(content))
+        except BadImage:
+            continue
+        captions.append(lines[0])
+    print(f"{folder}: searching {len(images)} images of {len(shards)}, "
+          f"{count - len(images)} unreadable ones left out")
+    return Pool(images, captions)
 
 
 def read_image(path):
@@ -66,8 +60,8 @@ def look(paths, open_model, config):
         model = open_model(path)
         if config.query:
             if model.tokenizer is None:
-                raise ValueError(f"{path}: has no text side (stage 1), or brings no "
-                                 "vocabulary; use --image=FILE, or give --vocabulary=FILE")
+                raise ValueError(f"{path}: has no text side (stage 1), or no vocabulary; "
+                                 "use --image=FILE, or give --vocabulary=FILE")
             text = model.embed_texts([config.query])[0]                 # (E,)
             rows.append((f"{name}: images", model.embed_images(pool) @ text))
         if asked:
@@ -88,20 +82,18 @@ def nearest_to_image(name, model, asked, pool):
 
 def draw_rows(title, asked, rows, pool, side=128, columns=8):
     """A picture: for each (label, similarities (n,)) the most similar pairs, best first."""
-    font, line = ImageFont.load_default(12), 16  # pixels
+    font, line, top = ImageFont.load_default(12), 16, 32  # pixels
     height = side + 5 * line  # of a row: its name, its images, three lines of caption, a gap
-    top = 2 * line  # below the title
-    if asked:
-        top += side + line
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, top + len(rows) * height), "white")
+    size = (columns * (side + 8) + 8, top + height * (len(rows) + bool(asked)))
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((8, 8), f"nearest to: {title}", "black", font)
     if asked:
-        sheet.paste(ImageOps.contain(asked, (side, side)), (8, 2 * line))
+        sheet.paste(ImageOps.contain(asked, (side, side)), (8, top))
+        top += height
     for label, similar in rows:
         pen.text((8, top), label, "black", font)
-        best = similar.topk(min(columns, len(pool))).indices.tolist()
-        for column, i in enumerate(best):
+        for column, i in enumerate(similar.topk(min(columns, len(pool))).indices.tolist()):
             left = 8 + column * (side + 8)
             caption = textwrap.wrap(f"{similar[i]:.2f} {pool.captions[i]}", 21)[:3]
             sheet.paste(ImageOps.contain(pool.image(i), (side, side)), (left, top + line))

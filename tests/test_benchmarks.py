@@ -221,15 +221,15 @@ def resize(folder, size):
 
 BROKEN = "0.tar: broken shard, cut or damaged after "
 FAULTS = {  # what is broken -> (how, what the message names)
-    "no folder": (shutil.rmtree, "no such benchmark set"),
-    "no class names": (lambda f: os.remove(f"{f}/classnames.txt"), "classnames.txt: missing"),
-    "no class": (lambda f: write(f, "classnames.txt", ""), "classnames.txt: is empty"),
+    "no folder": (shutil.rmtree, "planted_test/classnames.txt"),
+    "no class names": (lambda f: os.remove(f"{f}/classnames.txt"), "planted_test/classnames.txt"),
+    "no class": (lambda f: write(f, "classnames.txt", ""), "label 1, but classnames.txt has 1 lines"),
     "no placeholder": (lambda f: write(f, "zeroshot_classification_templates.txt", "{c}\na dog\n"),
                        "templates.txt:2: 'a dog' has no {c}"),
     "unknown type": (lambda f: write(f, "dataset_type.txt", "detection"), "'detection' is none of"),
-    "no shard count": (lambda f: os.remove(f"{f}/test/nshards.txt"), "nshards.txt: missing"),
+    "no shard count": (lambda f: os.remove(f"{f}/test/nshards.txt"), "planted_test/test/nshards.txt"),
     "odd shard count": (lambda f: write(f, "test/nshards.txt", "two"), "'two' is not a number"),
-    "a shard too few": (lambda f: write(f, "test/nshards.txt", "2"), "1.tar: missing"),
+    "a shard too few": (lambda f: write(f, "test/nshards.txt", "2"), "planted_test/test/1.tar"),
     "a shard too many": (lambda f: shutil.copy(shard_of(f), f"{f}/test/1.tar"),
                          "1.tar: one too many, nshards.txt says 1 shards"),
     "cut in a member": (lambda f: cut(f, 1024 + 520), BROKEN + "s0000000.cls"),
@@ -240,20 +240,20 @@ FAULTS = {  # what is broken -> (how, what the message names)
     "no tar": (lambda f: overwrite(f, 0, b"<html>" * 200), BROKEN + "its beginning"),
     "nothing in it": (lambda f: cut(f, 0), BROKEN + "its beginning"),
     "damaged header": (lambda f: overwrite(f, 2 * 1024 + 100, b"????"), BROKEN + "s0000000.cls"),
-    "damaged size": (lambda f: resize(f, b"77777777777"), BROKEN + "s0000001.png"),
-    "endless size": (lambda f: resize(f, b"\x80" + b"\xff" * 11), BROKEN),
-    "negative size": (lambda f: resize(f, b"\xff" * 12), BROKEN),
+    "damaged size": (lambda f: resize(f, b"77777777777"), BROKEN + "s0000000.cls"),
+    "endless size": (lambda f: resize(f, b"\x80" + b"\xff" * 11), BROKEN + "s0000000.cls"),
+    "negative size": (lambda f: resize(f, b"\xff" * 12), BROKEN + "s0000000.cls"),
     "empty shard": (lambda f: rewrite(f, []), "no samples"),
-    "no label": (lambda f: rewrite(f, [("s1.png", png(97))]), "0.tar: s1.cls is missing"),
-    "no image": (lambda f: rewrite(f, [("s1.cls", b"0")]), "0.tar: s1 has 0 images"),
+    "no label": (lambda f: rewrite(f, [("s1.png", png(97))]), "0.tar: s1 has png; needs cls and one of jpg"),
+    "no image": (lambda f: rewrite(f, [("s1.cls", b"0")]), "0.tar: s1 has cls; needs cls and one of jpg"),
     "two images": (lambda f: rewrite(f, [("s1.png", png(97)), ("s1.jpg", b""), ("s1.cls", b"0")]),
-                   "0.tar: s1 has 2 images"),
-    "repeated part": (lambda f: rewrite(f, [("a/s1.cls", b"0"), ("b/s1.cls", b"0")]),
+                   "0.tar: s1 has png, jpg, cls; needs cls and one of jpg"),
+    "repeated part": (lambda f: rewrite(f, [("a/s1.cls", b"0"), ("a/s1.CLS", b"0")]),
                       "0.tar: s1.cls is there twice"),
     "label too high": (lambda f: rewrite(f, [("s1.png", png(97)), ("s1.cls", b"3")]),
                        "s1.cls: label 3, but classnames.txt has 3 lines"),
     "label no number": (lambda f: rewrite(f, [("s1.png", png(97)), ("s1.cls", b"-1")]),
-                        "s1.cls: '-1' is not a label"),
+                        "s1.cls: label -1, but classnames.txt has 3 lines"),
 }
 
 
@@ -328,14 +328,45 @@ def pillow_form(content, size):
     return np.asarray(image)[y:y + size, x:x + size]
 
 
-def test_preprocessing_is_bit_equal_to_the_pillow_form_on_200_pictures(tmp_path):
+def pixels_of(folder, name, pictures):
+    """What a set of this name gives of [(extension, bytes)]: its .about() and Pillow images."""
+    found = BenchmarkSet(write_set(folder, name, ["a"], ["{c}"],
+                                   [(f"s{i:03}", *picture, 0) for i, picture in enumerate(pictures)]))
+    return found.about(), [found.image(i) for i in range(len(found))]
+
+
+def test_pixels_of_a_published_row_are_bit_equal_to_the_pillow_form_on_200_pictures(tmp_path):
     pictures = list(random_pictures(np.random.default_rng(0), 200))
-    folder = write_set(tmp_path, "noise", ["a"], ["{c}"],
-                       [(f"s{i:03}", *picture, 0) for i, picture in enumerate(pictures)])
-    found = BenchmarkSet(folder)
+    about, images = pixels_of(tmp_path, "mnist", pictures)
+    assert about["pixels"] == "as published"
     for i, (_, content) in enumerate(pictures):
-        pixels = eval_image(found.image(i), 32).permute(1, 2, 0).numpy()  # (3,S,S) -> (S,S,3)
+        pixels = eval_image(images[i], 32).permute(1, 2, 0).numpy()  # (3,S,S) -> (S,S,3)
         assert np.array_equal(pixels, pillow_form(content, 32)), i
+
+
+def test_own_sets_have_the_same_pixels_where_nothing_is_turned_or_deep(tmp_path):
+    pictures = [picture for picture in random_pictures(np.random.default_rng(0), 200)
+                if Image.open(io.BytesIO(picture[1])).mode != "I;16"]
+    (about, own), (_, published) = (pixels_of(tmp_path, name, pictures)
+                                    for name in ("noise", "mnist"))
+    assert about["pixels"] == "upright" and len(pictures) > 150
+    for i, image in enumerate(own):
+        assert image.mode == "RGB" and np.array_equal(image, published[i]), i
+
+
+@pytest.mark.parametrize("name", ["vtab-cifar10", "photos"])
+def test_own_photos_stand_upright_and_16_bits_are_scaled_but_rows_are_as_published(tmp_path, name):
+    photo, deep = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: to be turned by 90 degrees clockwise
+    Image.new("L", (40, 20), 99).save(photo, "JPEG", exif=exif)
+    Image.fromarray(np.full((8, 8), 128 * 257, np.uint16)).save(deep, "PNG")
+    clear = io.BytesIO()
+    Image.new("LA", (8, 8), (0, 0)).save(clear, "PNG")  # black, and not to be seen
+    _, images = pixels_of(tmp_path, name, [("jpg", photo.getvalue()), ("png", deep.getvalue()),
+                                           ("png", clear.getvalue())])
+    seen = images[0].size, images[1].getpixel((0, 0))[0], images[2].getpixel((0, 0))[0]
+    assert seen == (((20, 40), 128, 255) if name == "photos" else ((40, 20), 255, 0))
 
 
 # ------------------------------------------------------------------------------ planted answers
