@@ -144,7 +144,7 @@ class BenchmarkSet:
                 "n": len(self), "classes": len(self.classnames),
                 "templates": len(self.templates), "captions": len(self.captions),
                 "partial": bool(unlike_row(self)),
-                "pixels": "as published" if self.row else "upright", **self.fingerprints}
+                "pixels": "as published", **self.fingerprints}
 
     def _lines(self, name, default=None):
         path = self.folder / name
@@ -178,6 +178,8 @@ class BenchmarkSet:
             raise ValueError(f"{self.folder}: its shards hold no samples")
         self.labels = np.array(labels, dtype=np.int64)
         self.fingerprints = {"samples_sha256": samples.hexdigest()}
+        if not self.row:  # a result from before they were turned upright is of other pixels
+            self.fingerprints["pixels"] = "upright"
         for what, lines in (("classnames", self.classnames), ("templates", self.templates)):
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             self.fingerprints[f"{what}_sha256"] = digest

@@ -275,7 +275,7 @@ def compare_set(name, arms):
                     raise ValueError(f"{name}: {first['run']} and {result['run']} had "
                                      f"different {what}; evaluate both on one folder")
     about = ("family", "type", "main", "n", "classes", "templates", "captions", "partial",
-             "part_of")
+             "pixels", "part_of")
     record = {key: task.get(key) for key in about}
     record["arms"] = {arm["name"]: {} for arm in arms}
     for metric, value in task["metrics"].items():

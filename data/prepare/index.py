@@ -43,7 +43,7 @@ def read_members(path):
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             for member in tar:
                 if not 0 <= member.size <= length - member.offset_data:
-                    break
+                    return members, last
                 last = member.name.encode(errors="surrogateescape")
                 if member.isreg():
                     members.append((last, member.offset_data, member.size))
