@@ -1,6 +1,7 @@
 """What a run says and leaves behind: log.jsonl, lines in the terminal, progress, its record."""
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,6 +198,27 @@ def write_record(out_dir, config, script_file, note=""):
         target = record / source.resolve().parent.name / source.name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
+
+
+def cache_folder(folder):
+    """Stands for FOLDER/index if that cannot be written: in $XDG_CACHE_HOME, else ~/.cache."""
+    path = Path(folder).resolve()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return Path(cache, "perceptual-init", f"{path.name}-{digest}")
+
+
+def index_folder(folder):
+    """Path of a folder for what is made from FOLDER's files: its index/, else cache_folder."""
+    place = Path(folder, "index")
+    try:
+        place.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()  # os.access is wrong about network disks
+    except OSError as error:
+        place = cache_folder(folder)
+        print(f"{folder}: {error.strerror}; its index goes to {place} (set XDG_CACHE_HOME)")
+        place.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 def check_resume(saved, now, may_change=(), change=""):

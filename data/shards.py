@@ -14,11 +14,12 @@ import hashlib
 import json
 import os
 import resource
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from data.log import cache_folder, index_folder  # noqa: F401 (for prepare/index.py)
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SET_ASIDE = {"held_out", "val", "valid", "validation", "test", "index"}  # never trained on
@@ -81,27 +82,6 @@ def find_shards(folder):
             ends += os.pread(file.fileno(), 2**16, max(0, size - 2**16))
         shards[name] = [size, hashlib.sha256(ends).hexdigest()[:16]]
     return shards
-
-
-def cache_folder(folder):
-    """Stands for FOLDER/index if that cannot be written: in $XDG_CACHE_HOME, else ~/.cache."""
-    path = Path(folder).resolve()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return Path(cache, "perceptual-init", f"{path.name}-{digest}")
-
-
-def index_folder(folder):
-    """Path of a folder for what is made from FOLDER's files: its index/, else cache_folder."""
-    place = Path(folder, "index")
-    try:
-        place.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()  # os.access is wrong about network disks
-    except OSError as error:
-        place = cache_folder(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: {error.strerror}; its index goes to {place} (set XDG_CACHE_HOME)")
-    return place
 
 
 def find_index(folder, tokenizer=None):
