@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.log import cache_folder, index_folder  # noqa: F401 (for prepare/index.py)
+from data.log import cache_folder
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 SET_ASIDE = {"held_out", "val", "valid", "validation", "test", "index"}  # never trained on

@@ -15,13 +15,13 @@ import os
 import pathlib
 import shutil
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from data import images
+from data.log import cache_folder, index_folder
 from data.order import epoch_order
 
 SPLITS = ("train", "val", "test")
@@ -140,9 +140,12 @@ class Triplets:
         Its name carries a hash of paths, sizes and times: changed images are decoded anew, and
         arms that differ in fraction or votes share it.
         """
-        target = self.file.parent / "index" / f"images_{size}_{self.kept_key}.npy"
+        name = f"images_{size}_{self.kept_key}.npy"
+        target = self.file.parent / "index" / name
         if not target.exists():
-            target = index_folder(self.file.parent) / target.name
+            target = cache_folder(self.file.parent) / name
+        if not target.exists():
+            target = index_folder(self.file.parent) / name
         if not target.exists():
             self._write_kept(target, (len(self.files), 3, size, size))
         self.kept = np.load(target, mmap_mode="r")                           # (m,3,S,S)
@@ -180,29 +183,6 @@ class Triplets:
 def fingerprint(value):
     """16 hex digits that tell apart plain lists, numbers and strings."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def index_folder(folder):
-    """Where files made from those of `folder` go: its index/, or a cache if that refuses.
-
-    $PERCEPTUAL_CLIP_CACHE, by default ~/.cache/perceptual-clip, has a subfolder a data folder.
-    """
-    index = folder / "index"
-    try:
-        index.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=index).close()  # os.access is wrong about network disks
-        return index
-    except OSError as error:
-        reason = f"{index} cannot be written ({error.strerror})"
-    caches = os.environ.get("PERCEPTUAL_CLIP_CACHE", "~/.cache/perceptual-clip")
-    path_hash = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
-    cache = pathlib.Path(caches).expanduser() / path_hash
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise ValueError(f"{reason}, nor {cache}; set PERCEPTUAL_CLIP_CACHE") from None
-    print(f"{reason}; using {cache} (set PERCEPTUAL_CLIP_CACHE for another place)", flush=True)
-    return cache
 
 
 # -------------------------------------------------------------------------------- the csv file

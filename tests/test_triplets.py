@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import images, triplets
+from data import images, log, triplets
 from data.prepare import triplets as conversions
 from data.triplets import Triplets
 import evaluate
@@ -165,13 +165,13 @@ def test_images_of_a_folder_that_cannot_be_written_are_kept_in_the_cache(nights,
                                                                          monkeypatch, capsys):
     """A file called index refuses everyone, root too, as a read-only folder does."""
     (nights[0] / "index").write_text("")
-    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     decoded, kept = Triplets(nights[0], "train"), Triplets(nights[0], "train")
     kept.keep(8)
     said = capsys.readouterr().out.splitlines()[0]
-    assert f"{nights[0]}/index cannot be written" in said and "PERCEPTUAL_CLIP_CACHE" in said
+    assert said.startswith(f"{nights[0]}: ") and "XDG_CACHE_HOME" in said
     assert torch.equal(kept.load(8, [5, 0]), decoded.load(8, [5, 0]))
-    assert len(list((tmp_path / "cache").glob("*/images_8_*.npy"))) == 1
+    assert len(list((tmp_path / "cache").rglob("images_8_*.npy"))) == 1
     monkeypatch.setattr(images, "decode", None)  # decoding again would fail
     Triplets(nights[0], "train").keep(8)
 
@@ -179,13 +179,13 @@ def test_images_of_a_folder_that_cannot_be_written_are_kept_in_the_cache(nights,
 def test_each_read_only_folder_has_a_cache_of_its_own(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(30, "Read-only file system")
-    monkeypatch.setattr(triplets.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(log.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    folders = [triplets.index_folder(tmp_path / name) for name in ("a", "b", "a")]
+    folders = [log.index_folder(tmp_path / name) for name in ("a", "b", "a")]
     assert folders[0] == folders[2] != folders[1]
-    assert all(folder.parent == tmp_path / "cache" for folder in folders)
+    assert all(folder.parent == tmp_path / "cache/perceptual-init" for folder in folders)
 
 
 def test_kept_images_are_read_where_they_are_though_nothing_can_be_written(nights, monkeypatch):
@@ -194,12 +194,13 @@ def test_kept_images_are_read_where_they_are_though_nothing_can_be_written(night
     Triplets(nights[0], "train").keep(8)
 
 
-def test_without_any_place_for_decoded_images_one_line_says_what_to_set(nights, tmp_path,
-                                                                        monkeypatch):
+def test_without_any_place_for_decoded_images_one_line_says_what_to_set(nights, monkeypatch,
+                                                                        capsys):
     (nights[0] / "index").write_text("")
-    monkeypatch.setenv("PERCEPTUAL_CLIP_CACHE", str(nights[0] / "index"))
-    with pytest.raises(ValueError, match="index cannot be written .*set PERCEPTUAL_CLIP_CACHE"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nights[0] / "index"))
+    with pytest.raises(NotADirectoryError):
         Triplets(nights[0], "train").keep(8)
+    assert "set XDG_CACHE_HOME" in capsys.readouterr().out
 
 
 def test_fingerprints_are_those_of_earlier_versions(tmp_path, monkeypatch):

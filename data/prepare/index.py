@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.log import Progress
+from data.log import Progress, index_folder
 from data.prepare.tars import in_order
-from data.shards import (FORMAT, IMAGE_KINDS, SAMPLE, caption_lines, find_index, find_shards,
-                         index_folder)
+from data.shards import (FORMAT, IMAGE_KINDS, SAMPLE, caption_lines, find_index, find_shards)
 
 BYTES_A_PROCESS = 2**28  # below 256 MB one more process costs more to start than it saves
 EXAMPLES = 5  # names kept for each reason
