@@ -19,10 +19,11 @@ from data.ranks import Ranks
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
 from model import CLIP, SIZES
-from tests.test_ideas import ROOT, arguments, figures, hooks_of, random_rows, run, start  # noqa: F401
+from tests.test_ideas import (ROOT, arguments, figures, hooks_of, random_rows, run,  # noqa: F401
+                              start, tower)
 
-KIND = {word: (kind, name) for kind, table in toy.KINDS.items()
-        for name, words in table.items() for word in words}
+KIND = {word: (kind, words[0]) for kind, table in toy.WORDS.items()
+        for words in table for word in words}
 
 
 def settings(idea, *options):
@@ -60,7 +61,7 @@ def batch_of(shards_of, tokenizer):
         pairs = Pairs(shards_of(part), tokenizer, config, Augmentation(config.crop),
                       pretrain.pick_caption, hooks_of(idea).extra_arrays)
         batch = pairs.__getitems__([(0, position) for position in range(6)])
-        batch["views"] = augment_batch(batch["images"], batch["draws"], None)
+        batch["views"] = augment_batch(batch["images"], batch["draws"], Augmentation())
         return batch, pairs
     return build
 
@@ -199,11 +200,11 @@ def test_degla_measures_how_far_all_three_embeddings_left_the_teacher(batch_of, 
 def test_hqclips_tags_are_what_the_captions_words_mean(batch_of, tokenizer):
     from configs.ideas.hqclip import _TAGS
     batch, _ = batch_of("hqclip", settings("hqclip"))
-    assert len(_TAGS) == sum(len(table) for table in toy.KINDS.values())
+    assert len(_TAGS) == sum(len(table) for table in toy.WORDS.values())
     for ids, row in zip(batch["tokens"].tolist(), batch["tags"], strict=True):
         words = tokenizer.decode(ids).split()
         for (kind, name), has in zip(_TAGS, row.tolist(), strict=True):
-            assert has == bool(set(toy.KINDS[kind][name]) & set(words))
+            assert has == bool(set(next(said for said in toy.WORDS[kind] if said[0] == name)) & set(words))
     assert batch["tags"].sum() > 6
 
 

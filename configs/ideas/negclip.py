@@ -18,13 +18,13 @@ from itertools import combinations
 import torch
 
 from configs import original
-from data.prepare.toy import KINDS
+from data.prepare.toy import WORDS
 
 out_dir = "out/negclip"
 _MEANINGS = {}  # word -> its kind and what it means
-for _kind, _table in KINDS.items():
-    for _name, _words in _table.items():
-        _MEANINGS |= dict.fromkeys(_words, (_kind, _name))
+for _kind, _table in WORDS.items():
+    for _words in _table:
+        _MEANINGS |= dict.fromkeys(_words, (_kind, _words[0]))
 
 
 # What is said of each object, in any order of the objects. An article begins one.
