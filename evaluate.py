@@ -2,7 +2,6 @@
 
     python evaluate.py out/toy/ckpt.pt out/toy_pi/ckpt.pt --benchmarks=data/toy/benchmarks \\
         --nights=data/toy/nights --out=out/eval          # differences are to the first
-    python evaluate.py openai=ViT-B-32.pt --vocabulary=data/clip.tiktoken ...
     python evaluate.py out/toy out/toy_pi ...            # folders: all milestones, and curves
     python evaluate.py out/toy_pi/ckpt.pt --query="a red circle" --images=data/toy/pairs
     torchrun --nproc_per_node=8 evaluate.py ...          # the same numbers, sooner
@@ -14,8 +13,7 @@ scaling.*; for --query and --image query.png. A finished set is evaluated again 
 checkpoint, the set or the precision changed. Several seeds of an arm: python -m data.results.
 
 The protocol is CLIP_benchmark's. Letters: n samples, C classes, T prompts a class, m captions,
-E embedding, b of a batch, S pixels.
-"""
+E embedding, b of a batch, S pixels."""
 import os
 import platform
 import time
@@ -42,8 +40,7 @@ from model import CLIP, SIZES, VisionTower, load, read_checkpoint
 
 def class_vectors(prompts, rows):
     """Unit class vectors (C,E) from unit prompts (P,E); rows (C,T): each class's prompts."""
-    means = torch.stack([prompts[row].mean(0) for row in rows])     # (C,E)
-    return F.normalize(means, dim=-1)
+    return F.normalize(prompts[rows].mean(1), dim=-1)               # (C,T,E) -> (C,E)
 
 
 def classify(images, classes, labels):
@@ -164,8 +161,8 @@ def embed_texts(clip, tokenizer, texts, cache, device, batch_size=1024, dtype="f
                 ranks=None, label=""):
     """Unit embeddings of texts (list of str) as (len(texts),E) float32 on the CPU.
 
-    cache: dict text -> (E,), read and extended, so that a run encodes each distinct text once.
-    New texts run in the order of their length: encode_text cuts each batch to its longest.
+    cache: dict text -> (E,), read and extended, so that a run encodes each distinct text once;
+    in the order of their length, as a batch is laid out to its longest.
     """
     device = torch.device(device)
     new = sorted(set(texts) - cache.keys(), key=lambda text: (len(text), text))
@@ -225,8 +222,7 @@ def embed_triplets(encode, triplets, size, device, batch_size=256, **how):
 def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=None, **how):
     """Zero-shot metrics of one CLIP on one set, in one pass over its images.
 
-    clip: encode_image (b,3,S,S) -> (b,E) unit, encode_text (b,L) -> (b,E) unit, .config and
-    .logit_scale, whose device is used.  folder: path or BenchmarkSet.  prompts: embed_texts'
+    clip: model.CLIP, on its own device.  folder: path or BenchmarkSet.  prompts: embed_texts'
     cache, to share between sets.  how: dtype, ranks and label, as `embed` has them.
     Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, what
     BenchmarkSet.about() says of the set, seconds, and hits {metric: (n,) or (m,)}.

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from data.images import DECODER_ERRORS, decode, open_image
-from data.shards import IMAGE_KINDS
 
 
 class Row(typing.NamedTuple):
@@ -210,7 +209,7 @@ def read_samples(path, label_kind):
 
     image: (name, offset, size). A sample's key is webdataset's: the path up to the first dot.
     """
-    from data.prepare.index import read_members, split_name  # an edge
+    from data.prepare.index import IMAGE_KINDS, read_members, split_name  # an edge
     members, last = read_members(path)
     if last is not None:
         raise ValueError(f"{path}: broken shard, cut or damaged after "

@@ -229,19 +229,22 @@ def sign_test(wins, losses):
 
 
 def compare(arms, rows=()):
-    """All that is said about arms, as one JSON-able dict; only sets that every run has.
+    """All that is said about arms, as one JSON-able dict.
 
     arms: [{"name", "runs": [(result, hits) of each seed]}], the first is the baseline.
-    rows: those of the paper's list.
+    rows: those of the paper's list. A set is compared if every run has it of the arms that have
+    any set of its type: a stage-1 tower has judgements only.
     """
-    origins, tasks, found = {}, {}, Counter()
+    origins, tasks, found, types = {}, {}, Counter(), set()
     about = ("run", "checkpoint", "sha256", "step", "samples", "seed", "precision")
     for arm in arms:
         origins[arm["name"]] = []
         for result, _ in arm["runs"]:
             origins[arm["name"]].append({key: result.get(key) for key in about})
-            tasks |= result["tasks"]
-            found.update(result["tasks"].keys())
+            for name, task in result["tasks"].items():
+                tasks[name] = task
+                found[name] += 1
+                types.add((arm["name"], task["type"]))
     listed = [row.sets[0] for row in rows]
     if not tasks.keys() & listed:
         rows, listed = (), []  # none of the list is here: its table would be all gaps
@@ -253,8 +256,9 @@ def compare(arms, rows=()):
 
     sets, left_out = {}, []
     for name in sorted(tasks, key=place):
-        if found[name] == sum(map(len, origins.values())):
-            sets[name] = compare_set(name, arms)
+        having = [arm for arm in arms if (arm["name"], tasks[name]["type"]) in types]
+        if found[name] == sum(len(arm["runs"]) for arm in having):
+            sets[name] = compare_set(name, having, arms[0])
         else:
             left_out.append(name)
     return {"format": "perceptual-clip comparison 1", "baseline": arms[0]["name"],
@@ -264,7 +268,7 @@ def compare(arms, rows=()):
             "caveats": CAVEATS}
 
 
-def compare_set(name, arms):
+def compare_set(name, arms, base):
     """One set: what it is, and every metric of every arm; ValueError if their tests differ."""
     first, _ = arms[0]["runs"][0]
     task = first["tasks"][name]
@@ -275,19 +279,19 @@ def compare_set(name, arms):
                     raise ValueError(f"{name}: {first['run']} and {result['run']} had "
                                      f"different {what}; evaluate both on one folder")
     about = ("family", "type", "main", "n", "classes", "templates", "captions", "partial",
-             "pixels", "part_of")
+             "part_of", "pixels")
     record = {key: task.get(key) for key in about}
     record["arms"] = {arm["name"]: {} for arm in arms}
     for metric, value in task["metrics"].items():
         if value is not None:  # top-5 of fewer than five classes
-            for arm, statistics in compare_mean([name], metric, arms).items():
+            for arm, statistics in compare_mean([name], metric, arms, base).items():
                 record["arms"][arm][metric] = statistics
     return record
 
 
-def compare_mean(names, metric, arms):
-    """Mean over sets of a metric (None: the main ones) of each arm, with delta to the first."""
-    means = {}
+def compare_mean(names, metric, arms, base):
+    """Mean over sets of a metric (None: the main ones) of each arm, with delta to base."""
+    means, base_scores, base_seeds = {}, None, None
     for arm in arms:
         seeds = [result["seed"] for result, _ in arm["runs"]]
         scores, drawn = [], []
@@ -295,14 +299,15 @@ def compare_mean(names, metric, arms):
             tasks = [result["tasks"][name] for result, _ in arm["runs"]]
             chosen = metric or tasks[0]["main"]
             scores.append([task["metrics"][chosen] for task in tasks])
-            if arm is not arms[0]:
-                hits_a = [hits.get(name) for _, hits in arms[0]["runs"]]
+            if base_seeds:
+                hits_a = [hits.get(name) for _, hits in base["runs"]]
                 hits_b = [hits.get(name) for _, hits in arm["runs"]]
                 drawn.append(paired_draws(hits_a, hits_b, chosen, name))
         scores = np.mean(scores, axis=0)                                    # (seeds,)
         means[arm["name"]] = value = seed_statistics(scores)
-        if arm is arms[0]:
+        if arm is base:
             base_scores, base_seeds = scores, seeds
+        if arm is base or not base_seeds:  # the baseline has no sets of this type
             continue
         known = all(one is not None for one in drawn)
         paired = seeds == base_seeds and None not in seeds
@@ -330,8 +335,9 @@ def compare_families(sets, arms, rows):
         sizes["all classification"] = sum(row.main != "mean_recall@1" for row in rows)
     families = {}
     for family, names in members.items():
+        having = [arm for arm in arms if names and arm["name"] in sets[names[0]]["arms"]]
         families[family] = {"k": len(names), "K": sizes[family] or len(names), "sets": names,
-                            "arms": compare_mean(names, None, arms) if names else {}}
+                            "arms": compare_mean(names, None, having, arms[0])}
     return families
 
 
@@ -342,8 +348,9 @@ def count_wins(sets, arm):
                        ("recalls", "retrieval_recall@")):
         signs = []
         for record in sets.values():
-            for metric, value in record["arms"][arm].items():
-                if record["type"] != "2afc" and (word or record["main"]) in metric:
+            for metric, value in record["arms"].get(arm, {}).items():
+                chosen = (word or record["main"]) in metric and "delta" in value
+                if chosen and record["type"] != "2afc":
                     low, high = value["delta_interval"] or (0, 0)
                     signs.append([value["delta"] > 0, value["delta"] < 0, low > 0, high < 0])
         sums = np.array(signs, int).reshape(-1, 4).sum(axis=0).tolist()

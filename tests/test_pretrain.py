@@ -784,7 +784,7 @@ def test_batch_that_does_not_divide_names_neighbours_that_do(arguments, tmp_path
 
 @pytest.mark.parametrize("extra, words", [
     (["--image_size=36"], "image_size=36: must be a multiple of toy's patch; try 32 or 40"),
-    (["--init=a.pt", "--init_vision=b.pt"], "init=a.pt: brings its own vision tower"),
+    (["--init=a.pt", "--init_vision=b.pt"], "init=a.pt: brings its vision tower"),
 ])
 def test_settings_that_do_not_fit_each_other_are_one_line(arguments, tmp_path, extra, words):
     with pytest.raises(ValueError, match=words):

@@ -74,9 +74,12 @@ def write_set(folder, name, classnames, templates, samples, family=None,
     shutil.rmtree(draft, ignore_errors=True)  # left by an interrupted run
     members = _set_members(samples, dataset_type)
     shards = len(_write_tars(draft / "test", members, 2 * per_shard, digits=1))
-    texts = {"dataset_type": dataset_type, "family": family or "other",
-             "test/nshards": str(shards), "classnames": "\n".join(classnames),
-             "zeroshot_classification_templates": "\n".join(templates)}
+    texts = {"dataset_type": dataset_type, "test/nshards": str(shards)}
+    if family:
+        texts["family"] = family
+    if dataset_type != "retrieval":
+        texts["classnames"] = "\n".join(classnames)
+        texts["zeroshot_classification_templates"] = "\n".join(templates)
     for file_name, text in texts.items():
         Path(draft, f"{file_name}.txt").write_text(text + "\n", encoding="utf-8")
     os.replace(draft, target)
