@@ -15,13 +15,11 @@ checkpoint, the set or the precision changed. Several seeds of an arm: python -m
 The protocol is CLIP_benchmark's. Letters: n samples, C classes, T prompts a class, m captions,
 E embedding, b of a batch, S pixels."""
 import os
-import platform
 import time
 from dataclasses import dataclass, replace
 
 from configs import check_ranges, load_config  # before torch: see there
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -246,25 +244,26 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=Non
             "hits": hits}
 
 
-def evaluate_triplets(encode, triplets, size, device, batch_size=256, **how):
-    """2AFC of an image tower on judgements: {"nights": a dict as evaluate_set returns it}.
+def evaluate_triplets(encode, triplets, size, device, batch_size=256, name="nights", **how):
+    """2AFC of an image tower on judgements: {name: a dict as evaluate_set returns it}.
 
     Arguments as embed_triplets has them, but batch_size counts images. Where the file tells
-    ImageNet's triplets apart, also "nights-imagenet" and "nights-no-imagenet". Ties count half.
+    ImageNet's triplets apart, also NAME-imagenet and NAME-no-imagenet. Ties count half.
     """
     start = time.time()
     sides = embed_triplets(encode, triplets, size, device, max(1, batch_size // 3), **how)
     scores = two_afc(*sides, torch.from_numpy(triplets.labels)).numpy()  # (n,)
-    parts = {"nights": np.ones(len(scores), bool)}
+    parts = {name: np.ones(len(scores), bool)}
     if triplets.is_imagenet is not None:
-        parts["nights-imagenet"] = triplets.is_imagenet
-        parts["nights-no-imagenet"] = ~triplets.is_imagenet
+        parts[f"{name}-imagenet"] = triplets.is_imagenet
+        parts[f"{name}-no-imagenet"] = ~triplets.is_imagenet
     tasks = {}
-    for name, part in parts.items():
+    for part_name, part in parts.items():
         if part.any():
-            tasks[name] = {
+            tasks[part_name] = {
                 "metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
-                "family": "nights", "part_of": None if name == "nights" else "nights",
+                "family": "nights" if name == "nights" else "judgements",
+                "part_of": None if part_name == name else name,
                 "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
                 "captions": 0, "samples_sha256": triplets.fingerprint,
                 "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
@@ -277,7 +276,9 @@ def evaluate_triplets(encode, triplets, size, device, batch_size=256, **how):
 @dataclass
 class Config:
     benchmarks: str = ""   # folder of sets wds_<name>_test (data.prepare.benchmarks, or toy)
-    nights: str = ""       # NIGHTS' folder or a CSV of judgements; its test split gives 2AFC
+    judgements: str = ""   # NIGHTS' folder, a CSV, or a folder of such: 2AFC of each test split
+    nights: str = ""       # one of them, whose row is called nights
+    min_votes: int = 6     # unanimous judgements that a triplet needs, where votes are known
     out: str = "out/eval"  # where results go, and are found again
     list: str = "code"     # the paper's rows: "code", as its group ran them, or "plan", later
     partial: bool = False  # take rows with other than their published sizes; recorded
@@ -293,7 +294,7 @@ class Config:
     pool: int = 2000       # so many of the folder's images are searched
 
     def check(self):
-        check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers",),
+        check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers", "min_votes"),
                      dtype=("float32", "bfloat16"), list=tuple(LISTS))
         if bool(self.images) != bool(self.query or self.image):
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
@@ -362,10 +363,9 @@ def jobs_for(model, jobs):
     path = model.about["checkpoint"]
     judgements = {name: job for name, job in jobs.items() if job.type == "2afc"}
     if model.clip is None and not judgements:
-        raise ValueError(f"{path}: is a vision tower only; give --nights")
+        raise ValueError(f"{path}: is a vision tower only; give --judgements")
     if model.clip and not model.tokenizer and len(judgements) < len(jobs):
-        raise ValueError(f"{path}: brings no vocabulary; give --vocabulary=data/clip.tiktoken "
-                         "(python -m data.prepare.vocabulary clip makes it)")
+        raise ValueError(f"{path}: brings no vocabulary; give --vocabulary=data/clip.tiktoken")
     return jobs if model.clip else judgements
 
 
@@ -375,10 +375,8 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     start, prompts = time.time(), {}
     model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "pillow": PIL.__version__}
     result, hits = results.begin_result(config.out, {
-        "run": name, **model.about, "versions": versions, "list": config.list})
+        "run": name, **model.about, "list": config.list})
     rows, done = LISTS[config.list], []
     for key, job in jobs.items():
         if job.fingerprints.items() <= result["tasks"].get(key, {}).items():
@@ -392,7 +390,7 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
                "dtype": config.dtype, "ranks": ranks, "label": label if ranks.rank == 0 else ""}
         if job.type == "2afc":
             size = model.vision.config.image_size
-            tasks = evaluate_triplets(model.vision, job, size, device, **how)
+            tasks = evaluate_triplets(model.vision, job, size, device, name=key, **how)
         else:
             task = evaluate_set(model.clip, model.tokenizer, job, prompts=prompts, **how)
             tasks = {key: task}
@@ -401,10 +399,7 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
             result["tasks"][task_name] = task
         if ranks.rank == 0:
             results.keep_result(config.out, result, hits, rows)
-            figures = [f"{metric} {100 * value:.1f}" for metric, value
-                       in tasks[key]["metrics"].items() if value is not None]
-            print(f"{label}: {'  '.join(figures)}  (n {tasks[key]['n']:,}, "
-                  f"{tasks[key]['seconds']:.1f} s)", flush=True)
+            print(results.describe(label, tasks[key]), flush=True)
     if ranks.rank == 0:
         results.keep_result(config.out, result, hits, rows)
         print(f"{name}: {len(jobs)} sets, {len(done)} from before, {time.time() - start:.1f} s")
@@ -430,11 +425,16 @@ def main(argv=None):
             difference = unlike_row(jobs[name])
             if difference and not config.partial:
                 raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
-    if config.nights:
-        from data.triplets import Triplets
-        jobs["nights"] = Triplets(config.nights, "test")
+    if config.nights or config.judgements:
+        from data.triplets import Triplets, find_judgements
+        places = {"nights": config.nights} if config.nights else {}
+        places |= find_judgements(config.judgements)
+        for name, place in places.items():
+            if name in jobs:
+                raise ValueError(f"{place}: {name} is the name of another set; rename it")
+            jobs[name] = Triplets(place, "test", config.min_votes)
     if not (jobs or config.images):
-        raise ValueError("nothing to do; give --benchmarks, --nights or --images")
+        raise ValueError("nothing to do; give --benchmarks, --judgements or --images")
     os.makedirs(config.out, exist_ok=True)
     ranks = Ranks()
     device = ranks.start()

@@ -13,11 +13,13 @@ Letters: n samples, u units drawn anew, p parts of a metric, B draws.
 import json
 import math
 import os
+import platform
 import re
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from configs import load_config  # before torch: see there
@@ -136,13 +138,24 @@ def milestones(name, path, read_checkpoint):
 
 def begin_result(folder, result):
     """FOLDER's earlier result of this run if it is of the same weights, else an empty one."""
-    result = {"format": FORMAT, **result, "missing": [], "tasks": {}}
+    versions = {package: version(package) for package in ("torch", "numpy", "pillow")}
+    versions["python"] = platform.python_version()
+    result = {"format": FORMAT, **result, "versions": versions, "missing": [], "tasks": {}}
     path = os.path.join(folder, result["run"])
     if os.path.exists(f"{path}.json"):
         earlier, hits = read_result(path)
         if all(earlier[key] == result[key] for key in ("sha256", "precision", "quick_gelu")):
             return result | {"tasks": earlier["tasks"]}, hits
     return result, {}
+
+
+def describe(label, task):
+    """One line of a finished set: every metric in %."""
+    figures = []
+    for metric, value in task["metrics"].items():
+        if value is not None:
+            figures.append(f"{metric} {100 * value:.1f}")
+    return f"{label}: {'  '.join(figures)}  (n {task['n']:,}, {task['seconds']:.1f} s)"
 
 
 def keep_result(folder, result, hits, rows):

@@ -188,6 +188,29 @@ def fingerprint(value):
 # -------------------------------------------------------------------------------- the csv file
 
 
+def find_judgements(places):
+    """{name: CSV} of NIGHTS' folder, a CSV, or a folder of such; several with commas between.
+
+    data.csv and triplets.csv are called like their folder, others like themselves.
+    """
+    found = {}
+    for place in filter(None, places.split(",")):
+        path = pathlib.Path(place)
+        if path.is_file() or (path / "data.csv").is_file():
+            files = [csv_file(path)]
+        else:
+            files = sorted([*path.glob("*.csv"), *path.glob("*/*.csv")])
+        if not files:
+            raise FileNotFoundError(f"{place}: no such folder of judgements, or no CSV in it")
+        for file in files:
+            general = file.name in ("data.csv", "triplets.csv")
+            name = file.absolute().parent.name if general else file.stem
+            if name in found:
+                raise ValueError(f"{file} and {found[name]} are both called {name}; rename one")
+            found[name] = file
+    return found
+
+
 def csv_file(path):
     """The CSV itself: `path`, or data.csv in it where it is a folder (NIGHTS)."""
     path = pathlib.Path(path)

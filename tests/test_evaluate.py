@@ -507,3 +507,29 @@ def test_a_checkpoint_with_nan_in_it_is_no_result(world, tmp_path):
     write_checkpoint(tmp_path / "nan.pt", content)
     with pytest.raises(ValueError, match="embeddings are not finite"):
         run(world, tmp_path / "nan.pt")
+
+
+def test_a_folder_of_judgements_gives_a_row_each_with_its_n(toy_world, tmp_path):
+    from data.triplets import Triplets
+    for name in ("first", "second"):
+        (tmp_path / "judgements").mkdir(exist_ok=True)
+        os.symlink(toy_world / "nights", tmp_path / "judgements" / name)
+    out = tmp_path / "out"
+    evaluate.main(["random:toy", f"--judgements={tmp_path}/judgements", f"--out={out}",
+                   f"--nights={toy_world}/nights", "--workers=0", "--min_votes=8"])
+    tasks = read(out / "random-toy.json")["tasks"]
+    assert {"nights", "first", "second", "first-imagenet"} <= tasks.keys()
+    assert tasks["first"]["n"] == len(Triplets(toy_world / "nights", "test", 8))
+    assert tasks["first"]["metrics"] == tasks["nights"]["metrics"]
+    assert (tasks["second"]["family"], tasks["second-imagenet"]["part_of"]) == (
+        "judgements", "second")
+
+
+@pytest.mark.parametrize("names, message", [
+    ((), "no such folder of judgements"), (("a/x.csv", "b/x.csv"), "both called x; rename one")])
+def test_judgements_that_are_not_there_or_not_told_apart_are_named(tmp_path, names, message):
+    for name in names:
+        (tmp_path / "sets" / name).parent.mkdir(parents=True)
+        (tmp_path / "sets" / name).write_text("ref,left,right,label")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate.main(["random:toy", f"--judgements={tmp_path}/sets", f"--out={tmp_path}/out"])
