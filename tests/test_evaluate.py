@@ -352,7 +352,7 @@ def test_stage_1_is_evaluated_on_judgements_only(world):
 
 
 def test_stage_1_without_judgements_is_refused(world):
-    with pytest.raises(ValueError, match="vision tower only; give --nights"):
+    with pytest.raises(ValueError, match="vision tower only; give --judgements"):
         run(world, world / "stage1" / "ckpt.pt")
 
 
