@@ -884,8 +884,9 @@ def interrupt(argv, code, when, times=1):
 
 
 SLOW = '''
-import sys, time, pretrain
+import signal, sys, time, pretrain
 from data.log import run_main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 place = sys.argv.pop(1)
 def slow(*arguments):
     print("now", flush=True); time.sleep(30)
