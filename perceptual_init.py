@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from data.benchmarks import find_sets
 from data.images import normalise
-from data.log import RunLog, check_resume, run_main, stop_on_signals, write_record
+from data.log import RunLog, check_resume, in_words, run_main, stop_on_signals, write_record
+from data.ranks import need_compiler
 from data.text import Tokenizer
 from data.triplets import Triplets
 from evaluate import embed_triplets, evaluate_set, two_afc
@@ -65,6 +66,7 @@ class Config:
     log_every: int = 10           # steps
     save_every: int = 100         # steps
     resume: bool = True           # False: insist on an empty out_dir
+    change: str = ""              # settings that may differ on resuming, "lr,dtype"
 
     def check(self):
         check_ranges(
@@ -195,15 +197,17 @@ def save(path, whole, optimizer, state, config):
 
 
 def load_run(path, whole, optimizer, state, config):
-    """Put the run saved at `path` back; returns its state. ValueError if it is another run."""
+    """Put the run saved at `path` back; returns its state, and {setting: (old, new)}."""
     saved = read_checkpoint(path)
-    check_resume(saved["config"] | {"triplets": saved["data"]},
-                 asdict(config) | {"triplets": state["data"]},
-                 may_change=("data", "out_dir", "benchmarks", "micro_batch", "compile",
-                             "log_every", "save_every", "resume"))
+    changed = check_resume(saved["config"] | {"triplets": saved["data"]},
+                           asdict(config) | {"triplets": state["data"]},
+                           may_change=("data", "out_dir", "benchmarks", "micro_batch", "compile",
+                                       "log_every", "save_every", "resume", "change"),
+                           change=config.change)
     whole.load_state_dict(saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return {key: saved[key] for key in state}
+    moments = {"state": saved["optimizer"]["state"]}  # decay, betas and eps are this run's
+    optimizer.load_state_dict(optimizer.state_dict() | moments)
+    return {key: saved[key] for key in state}, changed
 
 
 def main(argv=None):
@@ -214,6 +218,8 @@ def main(argv=None):
         raise ValueError("perceptual_init.py trains on one device; start it without torchrun")
     if not config.resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"resume=False: {out} is not empty; choose another out_dir")
+    if config.compile:
+        need_compiler()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     # ---- 2. triplets
@@ -234,13 +240,14 @@ def main(argv=None):
         betas=(config.beta1, config.beta2))
     state = {"step": 0, "best_loss": math.inf, "before": None,
              "data": f"{train.fingerprint}-{val.fingerprint}-{test.fingerprint}"}
+    changed = {}
     if (out / "ckpt.pt").exists():
-        state = load_run(out / "ckpt.pt", whole, optimizer, state, config)
+        state, changed = load_run(out / "ckpt.pt", whole, optimizer, state, config)
     for triplets in (train, val, test):  # every image is decoded once, before the first step
         triplets.keep(config.image_size)
 
     # ---- 4. the first lines, and what the tower knows before training
-    write_record(out, config, __file__)
+    write_record(out, config, __file__, f"  # from step {state['step']}{in_words(changed)}")
     log = RunLog(out, total_steps, state["step"])
     numbers = sum(parameter.numel() for parameter in trained)
     log.say(f"{len(train):,} triplets for {numbers:,} parameters; at step {state['step']} on "
@@ -277,7 +284,8 @@ def main(argv=None):
             log.say(f"step {step + 1} skipped: loss {loss}, gradient norm {norm}, triplets of "
                     + ", ".join(train.paths[rows, 0]))
         if bad_steps == 5:
-            raise ValueError("five steps in a row without a finite gradient; lower lr")
+            raise ValueError("five steps in a row without a finite gradient; go on from the last "
+                             "checkpoint with a lower lr (--lr=... --change=lr)")
         optimizer.zero_grad()
         step += 1
         state["step"] = step

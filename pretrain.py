@@ -23,8 +23,8 @@ from torch import nn
 
 from data.benchmarks import find_sets
 from data.images import Augmentation, augment_batch
-from data.log import (Meter, RunLog, check_resume, run_main, stop_on_signals, trace_steps,
-                      write_record)
+from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
+                      trace_steps, write_record)
 from data.pairs import (BadSamples, BadSteps, HeldOut, PairBatches, Pairs, join_parts,
                         load_batches, split_rows)
 from data.pieces import ChunkedLoss, cached_gradient
@@ -264,10 +264,8 @@ def load_run(path, clip, optimizer, data, config):
     before, now = before | saved["config"], now | dataclasses.asdict(config)
     changed = check_resume(before, now, MAY_CHANGE, config.change)
     clip.load_state_dict(saved["weights"])
-    settings = [{**group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, ours in zip(optimizer.param_groups, settings):
-        group |= {key: ours[key] for key in ("weight_decay", "betas", "eps")}
+    moments = {"state": saved["optimizer"]["state"]}  # decay, betas and eps are this run's
+    optimizer.load_state_dict(optimizer.state_dict() | moments)
     return saved["step"], saved["bad"], changed
 
 
@@ -360,9 +358,7 @@ def main(argv=None):
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
 
     # ---- 4. files and the first lines
-    changes = ""
-    for name, (old, new) in changed.items():
-        changes += f"; {name} was {old!r}, is {new!r}"
+    changes = in_words(changed)
     if ranks.rank == 0:
         write_record(config.out_dir, config, __file__, f"  # from step {step}{changes}")
     log = RunLog(config.out_dir, total_steps, step, config.log_to, mute=ranks.rank > 0)

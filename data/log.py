@@ -243,6 +243,11 @@ def check_resume(saved, now, may_change=(), change=""):
     return changed
 
 
+def in_words(changed):
+    """{setting: (old, new)} of check_resume as text, "" for none."""
+    return "".join(f"; {name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+
+
 def stop_on_signals():
     """A list that SIGTERM and Ctrl-C fill, for the loop to look at after each step.
 

@@ -161,7 +161,11 @@ class Shards:
         return f"{self._shards[row['shard']]}:{key.tobytes().decode(errors='replace')}"
 
     def _read(self, shard, at, size):
-        return os.pread(self._file(shard).fileno(), size, at)
+        file = self._file(shard)
+        raw = os.pread(file.fileno(), size, at)
+        if len(raw) != size:  # else a caption would be cut without a word
+            raise ValueError(f"{file.name} became shorter while it was in use")
+        return raw
 
 
 def allow_open_files(count):

@@ -3,7 +3,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from data.ranks import Ranks
 from data.text import Tokenizer
 from model import (CLIP, FORMAT, SIZES, VisionTower, load_clip, read_checkpoint,
                    write_checkpoint)
+from tests.test_pretrain import here as run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ON_STAGE_1 = {"same_pictures"}  # recipes over perceptual_init.py: tests/test_perceptual_init.py
@@ -70,15 +70,6 @@ def arguments(toy_world, start, tower):
                 *[option.format(world=toy_world, start=start, tower=tower)
                   for option in OPTIONS.get(idea, [])]]
     return build
-
-
-def run(argv):
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        pretrain.main(argv)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def figures(out_dir):

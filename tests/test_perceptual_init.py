@@ -414,6 +414,18 @@ def test_other_settings_on_resume_are_refused_with_key_and_both_values(arguments
         here(arguments(tmp_path, "--margin=0.1"))
 
 
+def test_a_change_that_the_message_advises_is_accepted_and_remembered(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=2"))
+    with pytest.raises(ValueError, match="accept the change by --change=lr"):
+        here(arguments(tmp_path, "--max_steps=3", "--lr=1e-4", "--change=max_steps"))
+    here(arguments(tmp_path, "--max_steps=3", "--lr=1e-4", "--weight_decay=0.5",
+                   "--change=lr,max_steps,weight_decay"))
+    saved = read_checkpoint(tmp_path / "ckpt.pt")
+    assert saved["step"] == 3 and saved["config"]["lr"] == 1e-4
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert "lr was " in (tmp_path / "record/command.txt").read_text().splitlines()[-1]
+
+
 def test_other_votes_on_resume_are_refused(arguments, tmp_path):
     data = draw_world(tmp_path / "w", 40)
     here(arguments(tmp_path / "run", f"--data={data}"))

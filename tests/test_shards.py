@@ -625,3 +625,14 @@ def test_check_takes_one_folder(tmp_path):
     for folders in ([], ["a", "b"]):
         with pytest.raises(ValueError, match="takes one folder of shards"):
             check.main(folders)
+
+
+def test_a_shard_cut_while_in_use_is_an_error(tmp_path):
+    write_shards(tmp_path / "p", [("a", "png", b"picture", ["a long caption of an image"])])
+    index_shards(tmp_path / "p")
+    pairs = Shards(tmp_path / "p")
+    assert pairs.captions(0) == ["a long caption of an image"]
+    row = pairs._samples[0]
+    os.truncate(tmp_path / "p" / "00000.tar", int(row["text_at"] + row["text_size"]) - 9)
+    with pytest.raises(ValueError, match="00000.tar became shorter while it was in use"):
+        pairs.captions(0)
