@@ -4,9 +4,10 @@
         --nights=data/toy/nights --out=out/eval          # differences are to the first
     python evaluate.py out/toy out/toy_pi ...            # folders: all milestones, and curves
     python evaluate.py out/toy_pi/ckpt.pt --query="a red circle" --images=data/toy/pairs
+    python evaluate.py out/toy_pi/ckpt.pt --image=FILE --labels="a red circle,a blue star"
     torchrun --nproc_per_node=8 evaluate.py ...          # the same numbers, sooner
 
-A checkpoint is a file of this project (stage 1: 2AFC only), of OpenAI, open_clip or Hugging
+A checkpoint is a file of this project (stage 1: 2AFC and probe), of OpenAI, open_clip or Hugging
 Face, random:SIZE for fresh weights, or a run's folder; NAME=checkpoint names its result. Writes
 to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for folders
 scaling.*; for --query and --image query.png. A finished set is evaluated again only if the
@@ -22,10 +23,10 @@ from configs import check_ranges, load_config  # before torch: see there
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data.benchmarks import LISTS, BenchmarkSet, find_sets, unlike_row
-from data.images import eval_image, normalise
+from data.benchmarks import LISTS, BenchmarkSet, open_sets
+from data.images import Pixels, normalise
 from data.log import Progress, run_main
 from data.ranks import Ranks
 from data.text import Tokenizer
@@ -113,35 +114,34 @@ def two_afc(ref, left, right, labels):
     return 0.5 + 0.5 * torch.sign(chosen * lead)
 
 
+def knn_probe(images, labels, k=20, temperature=0.07):
+    """Hits (n,) of the k-nearest-neighbour probe of images (n,E), labels (n,); leave one out.
+
+    The k most similar other images vote for their classes, each with the weight
+    exp(cosine / temperature) (arXiv 1805.01978, with the values of DINO, arXiv 2104.14294).
+    """
+    labels = torch.as_tensor(labels)
+    right = []
+    for start in range(0, len(images), 1024):
+        similar = images[start:start + 1024] @ images.T             # (b,n)
+        rows = torch.arange(len(similar))                           # (b,)
+        similar[rows, start + rows] = -torch.inf                    # nobody votes for itself
+        cosines, nearest = similar.topk(min(k, len(images) - 1), dim=1)  # (b,k)
+        votes = torch.zeros(len(rows), int(labels.max()) + 1)       # (b,C)
+        votes.scatter_add_(1, labels[nearest], (cosines / temperature).exp())
+        right.append(votes.argmax(1) == labels[start + rows])
+    return torch.cat(right).numpy()
+
+
 # -------------------------------------------------------------------------- embedding passes
 # Whole batches are dealt to the ranks: a batch meets the same arithmetic at any world size, and
 # no sample is padded, dropped or counted twice.
 
 
-class Pixels(Dataset):
-    """Items of `embed`: anything with a length and image(i) -> Pillow RGB, at size S."""
-
-    def __init__(self, pictures, size):
-        self.pictures, self.size = pictures, size
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitems__(self, indices):
-        return torch.stack([eval_image(self.pictures.image(i), self.size) for i in indices])
-
-
-class TripletPixels(Pixels):
-    """The same of Triplets: an index is a triplet, and gives three images."""
-
-    def __getitems__(self, rows):
-        return self.pictures.load(self.size, rows).flatten(0, 1)    # (b,3,3,S,S) -> (3b,3,S,S)
-
-
 def embed(encode, items, device, batch_size, workers=0, dtype="float32", ranks=None, label=""):
     """Embeddings of all images, in order, on the CPU, the same on every rank: (n,E) float32.
 
-    items: has a length; __getitems__(indices) gives uint8 (b,3,S,S).
+    items: has a length; __getitems__(indices) gives uint8 (b,3,S,S); data.images.Pixels.
     ranks: a Ranks that all its processes call this with; None: alone.
     label: what the progress line calls it; "": no such line.
     """
@@ -207,11 +207,12 @@ def run_batches(encode, batches, own, device, dtype, ranks, label, unit):
 def embed_triplets(encode, triplets, size, device, batch_size=256, **how):
     """Unit embeddings of a split: ref, left, right, each (n,E) float32 on the CPU.
 
-    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size.  batch_size: of triplets.
-    how: workers, dtype, ranks and label, as `embed` has them.
+    encode: (b,3,S,S) normalised -> (b,E), of any length; S = size. Each distinct image is
+    embedded once.  how: workers, dtype, ranks and label, as `embed` has them.
     """
-    rows = embed(encode, TripletPixels(triplets, size), device, batch_size, **how)  # (3n,E)
-    return F.normalize(rows, dim=-1).unflatten(0, (-1, 3)).unbind(1)
+    rows = embed(encode, triplets.pixels(size), device, batch_size, **how)  # (m,E)
+    rows = F.normalize(rows, dim=-1)
+    return rows[torch.from_numpy(triplets.index)].unbind(1)         # (n,3,E) -> (n,E) each
 
 
 # -------------------------------------------------------------------------- one set
@@ -222,8 +223,9 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=Non
 
     clip: model.CLIP, on its own device.  folder: path or BenchmarkSet.  prompts: embed_texts'
     cache, to share between sets.  how: dtype, ranks and label, as `embed` has them.
-    Returns a dict: metrics {name: value in 0..1, acc5 None below 5 classes}, what
-    BenchmarkSet.about() says of the set, seconds, and hits {metric: (n,) or (m,)}.
+    Returns {name: task}, of classification {name-knn: task} as well. A task is a dict: metrics
+    {name: value in 0..1, acc5 None below 5 classes}, what BenchmarkSet.about() says of the set,
+    seconds, and hits {metric: (n,) or (m,)}.
     """
     start = time.time()
     device = clip.logit_scale.device
@@ -240,33 +242,39 @@ def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=Non
         classes = class_vectors(text_rows, rows)                    # (C,E)
         measure = classify if benchmark.type == "classification" else rank_labels
         metrics, hits = measure(images, classes, benchmark.labels)
-    return {"metrics": metrics, **benchmark.about(), "seconds": round(time.time() - start, 2),
-            "hits": hits}
+    tasks = {benchmark.name: {"metrics": metrics, **benchmark.about(),
+                              "seconds": round(time.time() - start, 2), "hits": hits}}
+    if benchmark.type == "classification":
+        tasks |= evaluate_probe(images, benchmark)
+    return tasks
+
+
+def evaluate_probe(images, benchmark):
+    """The k-NN probe of unit images (n,E) of a set: {name-knn: a dict as evaluate_set has it}."""
+    start = time.time()
+    right = knn_probe(images, benchmark.labels)
+    return {f"{benchmark.name}-knn": {
+        "metrics": {"knn": float(right.mean())}, **benchmark.about(), "main": "knn",
+        "family": "k-NN probe", "type": "probe", "templates": 0,
+        "seconds": round(time.time() - start, 2), "hits": {"knn": right}}}
 
 
 def evaluate_triplets(encode, triplets, size, device, batch_size=256, name="nights", **how):
     """2AFC of an image tower on judgements: {name: a dict as evaluate_set returns it}.
 
-    Arguments as embed_triplets has them, but batch_size counts images. Where the file tells
-    ImageNet's triplets apart, also NAME-imagenet and NAME-no-imagenet. Ties count half.
+    Arguments as embed_triplets has them. Where the file tells ImageNet's triplets apart, also
+    NAME-imagenet and NAME-no-imagenet. Ties count half.
     """
+    from data import judgements
     start = time.time()
-    sides = embed_triplets(encode, triplets, size, device, max(1, batch_size // 3), **how)
+    sides = embed_triplets(encode, triplets, size, device, batch_size, **how)
     scores = two_afc(*sides, torch.from_numpy(triplets.labels)).numpy()  # (n,)
-    parts = {name: np.ones(len(scores), bool)}
-    if triplets.is_imagenet is not None:
-        parts[f"{name}-imagenet"] = triplets.is_imagenet
-        parts[f"{name}-no-imagenet"] = ~triplets.is_imagenet
     tasks = {}
-    for part_name, part in parts.items():
-        if part.any():
-            tasks[part_name] = {
-                "metrics": {"2afc": float(scores[part].mean(dtype=float))}, "main": "2afc",
-                "family": "nights" if name == "nights" else "judgements",
-                "part_of": None if part_name == name else name,
-                "type": "2afc", "n": int(part.sum()), "classes": 2, "templates": 0,
-                "captions": 0, "samples_sha256": triplets.fingerprint,
-                "seconds": round(time.time() - start, 2), "hits": {"2afc": scores[part]}}
+    for part, chosen in judgements.parts(triplets, name).items():    # (n,) bool
+        hits = scores[chosen]
+        tasks[part] = {"metrics": {"2afc": float(hits.mean(dtype=float))},
+                       **judgements.about(triplets, name, part, len(hits)),
+                       "seconds": round(time.time() - start, 2), "hits": {"2afc": hits}}
     return tasks
 
 
@@ -291,28 +299,32 @@ class Config:
     images: str = ""       # a folder of pairs to look at with --query or --image
     query: str = ""        # a text: its nearest images
     image: str = ""        # an image file: its nearest images, and captions
+    labels: str = ""       # texts with commas between: which of them the image shows
     pool: int = 2000       # so many of the folder's images are searched
 
     def check(self):
         check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers", "min_votes"),
                      dtype=("float32", "bfloat16"), list=tuple(LISTS))
-        if bool(self.images) != bool(self.query or self.image):
+        if bool(self.images or self.labels) != bool(self.query or self.image):
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
+        if self.labels and not self.image:
+            raise ValueError(f"labels={self.labels}: goes with --image=FILE")
 
 
 @dataclass
 class Model:
     """A checkpoint made ready. No clip: stage 1, and random:SIZE without a vocabulary."""
+    path: str
+    info: dict  # as model.load has it
     vision: VisionTower
     clip: CLIP | None
     tokenizer: Tokenizer | None
     device: torch.device
-    about: dict  # what the result file says of it
 
-    def embed_images(self, pictures):
+    def embed_images(self, pictures, batch_size=64, **how):
         """Unit embeddings (n,E) of anything with a length and image(i) -> Pillow RGB."""
         items = Pixels(pictures, self.vision.config.image_size)
-        return F.normalize(embed(self.vision, items, self.device, batch_size=64), dim=-1)
+        return F.normalize(embed(self.vision, items, self.device, batch_size, **how), dim=-1)
 
     def embed_texts(self, texts):
         """Unit embeddings (len(texts),E); only with a tokenizer."""
@@ -332,14 +344,7 @@ def open_model(path, config, device):
     if tokenizer and tokenizer.size != clip.config.vocab_size:
         raise ValueError(f"{path}: has {clip.config.vocab_size} tokens, the vocabulary "
                          f"{tokenizer.size}; give its own by --vocabulary=FILE")
-    info, settings = module.info, module.info["config"]
-    warmup_samples = settings.get("warmup_steps", 0) * settings.get("batch_size", 0)
-    about = {"checkpoint": path, "step": info["step"], "samples": info["samples"],
-             "seed": settings.get("seed"), "warmup_samples": warmup_samples,
-             "sha256": info["sha256"], "kind": "clip" if clip else "vision",
-             "source": info["format"], "device": str(device), "precision": config.dtype,
-             "quick_gelu": vision.config.quick_gelu}
-    return Model(vision, clip, tokenizer, device, about)
+    return Model(path, module.info, vision, clip, tokenizer, device)
 
 
 def draw_weights(path, config):
@@ -359,14 +364,18 @@ def draw_weights(path, config):
 
 
 def jobs_for(model, jobs):
-    """Those that a model can do: a tower without text has judgements only."""
-    path = model.about["checkpoint"]
-    judgements = {name: job for name, job in jobs.items() if job.type == "2afc"}
-    if model.clip is None and not judgements:
+    """Those that a model can do: a tower without text has judgements and probes."""
+    path, without_text = model.path, {}
+    for name, job in jobs.items():
+        if job.type == "2afc":
+            without_text[name] = job
+        if job.type == "classification":
+            without_text[f"{name}-knn"] = job
+    if model.clip is None and not without_text:
         raise ValueError(f"{path}: is a vision tower only; give --judgements")
-    if model.clip and not model.tokenizer and len(judgements) < len(jobs):
+    if model.clip and not model.tokenizer and any(job.type != "2afc" for job in jobs.values()):
         raise ValueError(f"{path}: brings no vocabulary; give --vocabulary=data/clip.tiktoken")
-    return jobs if model.clip else judgements
+    return jobs if model.clip else without_text
 
 
 def evaluate_checkpoint(name, path, jobs, config, ranks, device):
@@ -375,13 +384,9 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     start, prompts = time.time(), {}
     model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
-    result, hits = results.begin_result(config.out, {
-        "run": name, **model.about, "list": config.list})
-    rows, done = LISTS[config.list], []
-    for key, job in jobs.items():
-        if job.fingerprints.items() <= result["tasks"].get(key, {}).items():
-            done.append(key)
-    done = ranks.collect(done)[0]  # as rank 0 has it
+    result, hits = results.begin_result(name, model, config)
+    rows = LISTS[config.list]
+    done = ranks.collect(results.finished(result, jobs))[0]  # as rank 0 has it
     for key, job in jobs.items():
         if key in done:
             continue
@@ -391,15 +396,16 @@ def evaluate_checkpoint(name, path, jobs, config, ranks, device):
         if job.type == "2afc":
             size = model.vision.config.image_size
             tasks = evaluate_triplets(model.vision, job, size, device, name=key, **how)
+        elif model.clip:
+            tasks = evaluate_set(model.clip, model.tokenizer, job, prompts=prompts, **how)
         else:
-            task = evaluate_set(model.clip, model.tokenizer, job, prompts=prompts, **how)
-            tasks = {key: task}
+            tasks = evaluate_probe(model.embed_images(job, **how), job)
         for task_name, task in tasks.items():
             hits[task_name] = task.pop("hits")
             result["tasks"][task_name] = task
         if ranks.rank == 0:
             results.keep_result(config.out, result, hits, rows)
-            print(results.describe(label, tasks[key]), flush=True)
+            print(results.describe(name, tasks), flush=True)
     if ranks.rank == 0:
         results.keep_result(config.out, result, hits, rows)
         print(f"{name}: {len(jobs)} sets, {len(done)} from before, {time.time() - start:.1f} s")
@@ -420,27 +426,21 @@ def main(argv=None):
         paths |= checkpoints
     jobs = {}  # task's name: BenchmarkSet or data.triplets.Triplets
     if config.benchmarks:
-        for name, folder in find_sets(config.benchmarks).items():
-            jobs[name] = BenchmarkSet(folder)
-            difference = unlike_row(jobs[name])
-            if difference and not config.partial:
-                raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
+        jobs |= open_sets(config.benchmarks, config.partial)
     if config.nights or config.judgements:
-        from data.triplets import Triplets, find_judgements
-        places = {"nights": config.nights} if config.nights else {}
-        places |= find_judgements(config.judgements)
-        for name, place in places.items():
-            if name in jobs:
-                raise ValueError(f"{place}: {name} is the name of another set; rename it")
-            jobs[name] = Triplets(place, "test", config.min_votes)
-    if not (jobs or config.images):
-        raise ValueError("nothing to do; give --benchmarks, --judgements or --images")
+        from data.judgements import open_judgements
+        judged = open_judgements(config.judgements, config.min_votes, config.nights)
+        for name in judged.keys() & jobs.keys():
+            raise ValueError(f"{judged[name].file}: {name} is the name of another set; rename it")
+        jobs |= judged
+    if not (jobs or config.images or config.labels):
+        raise ValueError("nothing to do; give --benchmarks, --judgements, --images or --labels")
     os.makedirs(config.out, exist_ok=True)
     ranks = Ranks()
     device = ranks.start()
 
     # ---- look
-    if config.images and ranks.rank == 0:
+    if (config.images or config.labels) and ranks.rank == 0:
         from data import look
         look.look(paths, lambda path: open_model(path, config, device), config)
 

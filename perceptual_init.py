@@ -174,8 +174,8 @@ def look(whole, tower, splits, folder, config, device):
     if folder:
         tokenizer = Tokenizer(whole.vocabulary)
         for name, path in find_sets(folder).items():
-            result = evaluate_set(whole, tokenizer, path)
-            figures[f"zero_shot/{name}"] = result["metrics"][result["main"]]
+            task = evaluate_set(whole, tokenizer, path)[name]
+            figures[f"zero_shot/{name}"] = task["metrics"][task["main"]]
     return figures
 
 

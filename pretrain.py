@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.benchmarks import find_sets
-from data.images import Augmentation, augment_batch
+from data.images import Augmentation, Pixels, augment_batch
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       trace_steps, write_record)
 from data.pairs import (BadSamples, BadSteps, HeldOut, PairBatches, Pairs, join_parts,
@@ -31,7 +31,7 @@ from data.pieces import ChunkedLoss, cached_gradient
 from data.ranks import Ranks, need_compiler
 from data.shards import Shards, index_shards
 from data.text import Tokenizer
-from evaluate import Pixels, embed, embed_texts, evaluate_set, retrieve
+from evaluate import embed, embed_texts, embed_triplets, evaluate_set, retrieve, two_afc
 from model import (CLIP, FORMAT, SIZES, copy_weights, flops_per_pair,
                    host_copy, optimizer_groups, peak_flops, read_checkpoint, write_checkpoint)
 
@@ -40,9 +40,10 @@ HOOKS = ("choose_pairs", "pick_caption", "extra_arrays", "augment", "prepare_mod
          "global_loss", "lr_at", "after_step")
 # What may differ when a run goes on: it does not change what is learnt. The paths of data and
 # vocabulary may change; their content may not. keep_last is a setting of earlier versions.
-MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "out_dir", "workers",
-              "micro_batch", "compile", "loss_chunk", "recompute", "log_every", "log_to",
-              "profile", "eval_every", "save_every", "keep_last", "keep_at", "resume", "change"}
+MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "judgements", "out_dir",
+              "workers", "micro_batch", "compile", "loss_chunk", "recompute", "log_every",
+              "log_to", "profile", "eval_every", "save_every", "keep_last", "keep_at", "resume",
+              "change"}
 
 
 @dataclasses.dataclass
@@ -52,6 +53,7 @@ class Config:
     held_out: str = ""                    # pairs never trained on, for loss and recall
     vocabulary: str = "data/clip.tiktoken"
     benchmarks: str = ""                  # zero-shot sets to watch; they select nothing
+    judgements: str = ""                  # sets of judgements to watch, as evaluate.py has them
     out_dir: str = "out/yfcc"
     workers: int = -1                     # loader processes of each rank; 0 loads in the loop,
                                           # -1: the cores of the machine, shared by its ranks
@@ -270,8 +272,11 @@ def load_run(path, clip, optimizer, data, config):
 
 
 @torch.no_grad()
-def look(clip, tokenizer, held_out, step, config, ranks):
-    """A log record of held-out and zero-shot figures; the ranks share the work."""
+def look(clip, tokenizer, held_out, judged, step, config, ranks):
+    """A log record of held-out pairs, zero-shot sets and judgements; the ranks share the work.
+
+    held_out: HeldOut, or None.  judged: {name: Triplets}.
+    """
     figures = {"step": step, "samples": step * config.batch_size}
     how = {"device": clip.logit_scale.device, "dtype": config.dtype, "ranks": ranks}
     clip.eval()
@@ -287,8 +292,12 @@ def look(clip, tokenizer, held_out, step, config, ranks):
             figures |= {f"val_{name}": value for name, value in recalls.items()}
         sets = find_sets(config.benchmarks) if config.benchmarks else {}
         for name, folder in sets.items():
-            result = evaluate_set(clip, tokenizer, folder, dtype=config.dtype, ranks=ranks)
-            figures[f"zero_shot/{name}"] = result["metrics"][result["main"]]
+            task = evaluate_set(clip, tokenizer, folder, dtype=config.dtype, ranks=ranks)[name]
+            figures[f"zero_shot/{name}"] = task["metrics"][task["main"]]
+        for name, triplets in judged.items():
+            sides = embed_triplets(clip.encode_image, triplets, config.image_size, **how)
+            labels = torch.from_numpy(triplets.labels)                             # (n,)
+            figures[f"2afc/{name}"] = two_afc(*sides, labels).mean().item()
     clip.train()
     return figures
 
@@ -332,6 +341,10 @@ def main(argv=None):
     with ranks.first_alone():
         index_shards(config.data, tokenizer)
         held_out = HeldOut(config.held_out) if config.held_out else None
+    judged = {}
+    if config.judgements:
+        from data.judgements import open_judgements  # for those who watch them only
+        judged = open_judgements(config.judgements, min_votes=6)
     shards = Shards(config.data, tokenizer)
     augmentation = Augmentation(config.crop, flip=config.flip, jitter=config.jitter,
                                 jitter_p=config.jitter_p, grey_p=config.grey_p,
@@ -416,8 +429,8 @@ def main(argv=None):
                 "data_wait": waited, "utilisation": peak and
                 rate * config.batch_size * flops / (peak * ranks.world)})
         looks = last or config.eval_every and step % config.eval_every == 0
-        if looks and (held_out or config.benchmarks):
-            log.write(look(clip, tokenizer, held_out, step, config, ranks))
+        if looks and (held_out or config.benchmarks or judged):
+            log.write(look(clip, tokenizer, held_out, judged, step, config, ranks))
         names = []
         if any(0 <= samples - at < config.batch_size for at in config.keep_at):
             names.append(f"samples_{samples:012d}.pt")

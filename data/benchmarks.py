@@ -71,6 +71,20 @@ def find_sets(folder):
     return found
 
 
+def open_sets(folder, partial):
+    """{set name: BenchmarkSet} of a folder; ValueError for a row of another size than published.
+
+    partial: take those as well.
+    """
+    sets = {}
+    for name, place in find_sets(folder).items():
+        sets[name] = BenchmarkSet(place)
+        difference = unlike_row(sets[name])
+        if difference and not partial:
+            raise ValueError(f"{difference}; complete it, or accept it by --partial=true")
+    return sets
+
+
 def set_name(folder):
     """wds_<name>_test or wds_<name> -> <name>; of a row its first, from whichever home."""
     name = Path(folder).name.removeprefix("wds_").removesuffix("_test")

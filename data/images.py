@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 
 # Pillow warns of each oddity of a file; here they are counted by reason, or mended.
 warnings.filterwarnings("ignore", module="PIL")
@@ -114,6 +115,20 @@ def _to_rgb(image):
 
 
 # ---------------------------------------------------------------- host: to (3, S, S)
+
+class Pixels(Dataset):
+    """Pictures as evaluation reads them: anything with a length and image(i) -> Pillow RGB."""
+
+    def __init__(self, pictures, size):
+        self.pictures, self.size = pictures, size
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitems__(self, numbers):
+        """uint8 (b, 3, S, S) of these pictures."""
+        return torch.stack([eval_image(self.pictures.image(i), self.size) for i in numbers])
+
 
 def eval_image(image, size):
     """PIL RGB image -> (3, S, S) uint8: torchvision's Resize (bicubic) and CenterCrop."""

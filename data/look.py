@@ -1,4 +1,4 @@
-"""Pictures of what is nearest to a text or an image: evaluate.py --query and --image."""
+"""What is nearest to a text or an image, and which label fits: evaluate.py --query, --image."""
 import os
 import textwrap
 from pathlib import Path
@@ -51,9 +51,32 @@ def read_image(path):
 def look(paths, open_model, config):
     """Draw what each checkpoint finds nearest to --query or --image: <out>/query.png.
 
+    With --labels print instead what each makes of the image.
     paths: {name: checkpoint}.  open_model(path) -> evaluate.Model.
     """
     asked = read_image(config.image) if config.image else None
+    if config.labels:
+        for name, path in paths.items():
+            print_labels(name, open_model(path), asked, config.labels.split(","))
+    if config.images:
+        draw_nearest(paths, open_model, asked, config)
+
+
+def print_labels(name, model, asked, labels):
+    """Probabilities of the labels for one image, the likeliest first: softmax of logits."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path}: has no text side (stage 1), or no vocabulary; give "
+                         "--vocabulary=FILE")
+    labels = [label.strip() for label in labels]
+    image = model.embed_images(Pool([asked], [""]))[0]                  # (E,)
+    texts = model.embed_texts(labels)                                   # (C,E)
+    probabilities = (model.clip.logit_scale.exp().cpu() * texts @ image).softmax(0)  # (C,)
+    for i in probabilities.argsort(descending=True).tolist():
+        print(f"{name}: {100 * probabilities[i]:5.1f} %  {labels[i]}")
+
+
+def draw_nearest(paths, open_model, asked, config):
+    """<out>/query.png: of each checkpoint the pool's pairs nearest to the text or image."""
     pool = read_pool(config.images, config.pool)
     rows = []
     for name, path in paths.items():

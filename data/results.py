@@ -5,7 +5,7 @@
 An argument is an arm, NAME=FILES; a file alone is an arm called like its run. Differences are
 to the first. Results of one seed are milestones of one run: the newest is compared, all make
 its curve. Results without a seed, as of foreign weights, are runs of their own. Writes
-comparison.json and .md and, if there are milestones, scaling.json, .md and .png.
+comparison.json, .md and .png and, if there are milestones, scaling.json, .md and .png.
 
 evaluate.py writes a result as <name>.json, with each sample's hits in <name>.npz.
 Letters: n samples, u units drawn anew, p parts of a metric, B draws.
@@ -25,6 +25,7 @@ from pathlib import Path
 from configs import load_config  # before torch: see there
 import numpy as np
 
+from data import plots
 from data.benchmarks import LISTS
 from data.log import run_main
 
@@ -136,12 +137,23 @@ def milestones(name, path, read_checkpoint):
     return found | {name: last}
 
 
-def begin_result(folder, result):
-    """FOLDER's earlier result of this run if it is of the same weights, else an empty one."""
+def begin_result(run, model, config):
+    """The earlier result of this run if it is of the same weights, else an empty one.
+
+    model, config: evaluate.Model and evaluate.Config.
+    """
     versions = {package: version(package) for package in ("torch", "numpy", "pillow")}
     versions["python"] = platform.python_version()
-    result = {"format": FORMAT, **result, "versions": versions, "missing": [], "tasks": {}}
-    path = os.path.join(folder, result["run"])
+    info, settings = model.info, model.info["config"]
+    warmup_samples = settings.get("warmup_steps", 0) * settings.get("batch_size", 0)
+    result = {"format": FORMAT, "run": run, "checkpoint": model.path, "step": info["step"],
+              "samples": info["samples"], "seed": settings.get("seed"),
+              "warmup_samples": warmup_samples, "sha256": info["sha256"],
+              "kind": "clip" if model.clip else "vision", "source": info["format"],
+              "device": str(model.device), "precision": config.dtype,
+              "quick_gelu": model.vision.config.quick_gelu, "list": config.list,
+              "versions": versions, "missing": [], "tasks": {}}
+    path = os.path.join(config.out, run)
     if os.path.exists(f"{path}.json"):
         earlier, hits = read_result(path)
         if all(earlier[key] == result[key] for key in ("sha256", "precision", "quick_gelu")):
@@ -149,13 +161,26 @@ def begin_result(folder, result):
     return result, {}
 
 
-def describe(label, task):
-    """One line of a finished set: every metric in %."""
-    figures = []
-    for metric, value in task["metrics"].items():
-        if value is not None:
-            figures.append(f"{metric} {100 * value:.1f}")
-    return f"{label}: {'  '.join(figures)}  (n {task['n']:,}, {task['seconds']:.1f} s)"
+def finished(result, jobs):
+    """Names of the jobs whose task the result has, done on the same samples and prompts."""
+    done = []
+    for name, job in jobs.items():
+        if job.fingerprints.items() <= result["tasks"].get(name, {}).items():
+            done.append(name)
+    return done
+
+
+def describe(run, tasks):
+    """A line for each finished task: every metric in %."""
+    lines = []
+    for name, task in tasks.items():
+        figures = []
+        for metric, value in task["metrics"].items():
+            if value is not None:
+                figures.append(f"{metric} {100 * value:.1f}")
+        lines.append(f"{run}: {name}: {'  '.join(figures)}  (n {task['n']:,}, "
+                     f"{task['seconds']:.1f} s)")
+    return "\n".join(lines)
 
 
 def keep_result(folder, result, hits, rows):
@@ -262,9 +287,9 @@ def compare(arms, rows=()):
     if not tasks.keys() & listed:
         rows, listed = (), []  # none of the list is here: its table would be all gaps
 
-    def place(name):  # the list's first, retrieval and 2AFC last
+    def place(name):  # the list's first, then retrieval, probes and 2AFC
         place_in_list = listed.index(name) if name in listed else len(listed)
-        kind = {"retrieval": 1, "2afc": 2}.get(tasks[name]["type"], 0)
+        kind = {"retrieval": 1, "probe": 2, "2afc": 3}.get(tasks[name]["type"], 0)
         return place_in_list, kind, tasks[name]["family"], name
 
     sets, left_out = {}, []
@@ -355,7 +380,10 @@ def compare_families(sets, arms, rows):
 
 
 def count_wins(sets, arm):
-    """Wins, ties and losses of an arm against the first, by kind of metric; without 2AFC."""
+    """Wins, ties and losses of an arm against the first, by kind of metric.
+
+    Judgements and probes are no benchmarks, and are not counted.
+    """
     counts = {}
     for kind, word in (("main metric", ""), ("top-1", "acc1"), ("top-5", "acc5"),
                        ("recalls", "retrieval_recall@")):
@@ -363,7 +391,7 @@ def count_wins(sets, arm):
         for record in sets.values():
             for metric, value in record["arms"].get(arm, {}).items():
                 chosen = (word or record["main"]) in metric and "delta" in value
-                if chosen and record["type"] != "2afc":
+                if chosen and record["type"] not in ("2afc", "probe"):
                     low, high = value["delta_interval"] or (0, 0)
                     signs.append([value["delta"] > 0, value["delta"] < 0, low > 0, high < 0])
         sums = np.array(signs, int).reshape(-1, 4).sum(axis=0).tolist()
@@ -486,10 +514,16 @@ def samples_to_reach(points, target):
     return None
 
 
+def chance(task):
+    """What guessing gives in the main metric; 0 for average precision."""
+    choices = {"classification": task["classes"], "probe": task["classes"],
+               "retrieval": task["n"], "2afc": 2}
+    return 1 / choices.get(task["type"], math.inf)
+
+
 def near_chance(task):
     """Whether a main metric is below guessing plus two standard errors; never for mAP."""
-    choices = {"classification": task["classes"], "retrieval": task["n"], "2afc": 2}
-    p = 1 / choices.get(task["type"], math.inf)
+    p = chance(task)
     return task["metrics"][task["main"]] < p + 2 * math.sqrt(p * (1 - p) / task["n"])
 
 
@@ -516,14 +550,16 @@ def scaling(arms):
             groups.setdefault(f"mean of {task['family']}", []).append(name)
         if task["type"] == "classification":
             groups.setdefault("mean of all classification", []).append(name)
-    curves = {}
+    curves, guess = {}, {}
     for group in sorted(groups):
+        guess[group] = float(np.mean([chance(ends[0][name]) for name in groups[group]]))
         curves[group] = {arm["name"]: curve_of(arm, groups[group]) for arm in arms}
         final = curves[group][arms[0]["name"]]["points"][-1]["mean"]
         for curve in curves[group].values():
             curve["samples_to_baseline"] = samples_to_reach(curve["points"], final)
     return {"format": "perceptual-clip scaling 1", "baseline": arms[0]["name"],
-            "caveat": CURVE_CAVEAT, "near_chance": sorted(left_out), "curves": curves}
+            "caveat": CURVE_CAVEAT, "near_chance": sorted(left_out), "chance": guess,
+            "curves": curves}
 
 
 def curve_of(arm, names):
@@ -555,45 +591,11 @@ def scaling_markdown(scaling):
         if group.startswith("mean of"):
             for arm, curve in arms.items():
                 final, reached = curve["points"][-1]["mean"], curve["samples_to_baseline"]
-                lines.append([group, arm, f"{100 * final:.1f}", fit_cell(curve["fit"]),
+                lines.append([group, arm, f"{100 * final:.1f}", plots.fit_cell(curve["fit"]),
                               f"{reached:,.0f}" if reached else "not reached"])
     header = ["curve", "arm", "final, %", "fit", f"samples to final of {scaling['baseline']}"]
     near = ", ".join(scaling["near_chance"]) or "none"
     return f"{table(header, lines)}\n\nToo near chance: {near}.\n{scaling['caveat']}\n"
-
-
-def fit_cell(fit):
-    """Exponent with its interval, R², and how many points were used."""
-    if fit is None:
-        return "-"
-    ends = " [{:.3f}, {:.3f}]".format(*fit["interval"]) if fit["interval"] else ""
-    return f"exponent {fit['exponent']:.3f}{ends}, R² {fit['r2']:.3f}, {fit['points']} points"
-
-
-def draw_scaling(scaling, path):
-    """The curves as a PNG: a panel for each mean over sets, with deviations over seeds."""
-    from matplotlib.figure import Figure  # optional: the caller says what to install
-    groups = [group for group in scaling["curves"] if group.startswith("mean of")]
-    rows = math.ceil(len(groups) / 3)
-    figure = Figure(figsize=(13.2, 3.2 * rows + 0.6), layout="constrained")
-    for number, group in enumerate(groups, 1):
-        axis = figure.add_subplot(rows, 3, number)
-        axis.set(title=group, xscale="log", xlabel="samples seen", ylabel="main metric, %")
-        for color, (arm, curve) in enumerate(scaling["curves"][group].items()):
-            fit, label = curve["fit"], arm
-            if fit:
-                label += f": {fit_cell(fit)}"
-                x = np.array(curve["fitted"], float)
-                axis.plot(x, 100 * fit["factor"] * x ** fit["exponent"], f"--C{color}")
-            points = []
-            for point in curve["points"]:
-                points.append([point["samples"], point["mean"], point["sd"] or 0])
-            samples, means, deviations = np.array(points).T  # (points,) each
-            axis.errorbar(samples, 100 * means, 100 * deviations, fmt=f"o-C{color}",
-                          label=label)
-        axis.legend(fontsize=7)
-    figure.supxlabel(scaling["caveat"], fontsize=8)
-    figure.savefig(path, dpi=120)
 
 
 def read_arms(arguments):
@@ -639,10 +641,13 @@ def report(arms, rows, out):
         write_json(f"{out}/scaling.json", curves)
         write_text(f"{out}/scaling.md", scaling_markdown(curves))
         print(scaling_markdown(curves))
-        try:
-            draw_scaling(curves, f"{out}/scaling.png")
-        except ImportError:
-            print("no scaling.png: it needs matplotlib (pip install matplotlib)")
+    try:
+        if len(arms) > 1:
+            plots.draw_comparison(comparison, f"{out}/comparison.png")
+        if several:
+            plots.draw_scaling(curves, f"{out}/scaling.png")
+    except ImportError:
+        print("no pictures: they need matplotlib (pip install matplotlib)")
 
 
 def main(argv=None):

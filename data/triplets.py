@@ -44,6 +44,7 @@ class Triplets:
         keeps images and label counts and breaks the judgement.
 
     .paths (n,3) str: ref, left, right   .labels (n,) int64: 1 = right nearer
+    .files: the m distinct images        .index (n,3): their numbers
     .is_imagenet (n,) bool, or None      .fingerprint 16 hex of paths, file sizes and labels
     Raises ValueError or FileNotFoundError with one line naming row and column; rows are counted
     as a spreadsheet does, the header being row 1.
@@ -116,9 +117,19 @@ class Triplets:
         if self.kept is not None and self.kept.shape[-1] == size:
             return torch.from_numpy(self.kept[index])                        # (n,3,3,S,S)
         distinct, place = np.unique(index, return_inverse=True)  # each image is decoded once
-        pixels = np.empty((len(distinct), 3, size, size), np.uint8)          # (m,3,S,S)
-        self._decode(distinct, pixels)
-        return torch.from_numpy(pixels[place.reshape(index.shape)])          # (n,3,3,S,S)
+        return self.images(size, distinct)[place.reshape(index.shape)]       # (n,3,3,S,S)
+
+    def images(self, size, numbers):
+        """The images of these numbers of .files: (m,3,S,S) uint8, as `load` has them."""
+        if self.kept is not None and self.kept.shape[-1] == size:
+            return torch.from_numpy(self.kept[numbers])
+        pixels = np.empty((len(numbers), 3, size, size), np.uint8)
+        self._decode(numbers, pixels)
+        return torch.from_numpy(pixels)
+
+    def pixels(self, size):
+        """All of the m distinct images, as items of evaluate.embed."""
+        return TripletPixels(self, size)
 
     def batch(self, step, config):
         """Batch `step` of a run: samples (B,3) int64, images (B,3,3,S,S) uint8, labels (B,).
@@ -180,35 +191,22 @@ class Triplets:
             list(pool.map(decode_one, range(len(numbers)), numbers))  # raises the first error
 
 
+class TripletPixels(images.Pixels):
+    """The distinct images of Triplets, squashed."""
+
+    def __len__(self):
+        return len(self.pictures.files)
+
+    def __getitems__(self, numbers):
+        return self.pictures.images(self.size, numbers)
+
+
 def fingerprint(value):
     """16 hex digits that tell apart plain lists, numbers and strings."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------- the csv file
-
-
-def find_judgements(places):
-    """{name: CSV} of NIGHTS' folder, a CSV, or a folder of such; several with commas between.
-
-    data.csv and triplets.csv are called like their folder, others like themselves.
-    """
-    found = {}
-    for place in filter(None, places.split(",")):
-        path = pathlib.Path(place)
-        if path.is_file() or (path / "data.csv").is_file():
-            files = [csv_file(path)]
-        else:
-            files = sorted([*path.glob("*.csv"), *path.glob("*/*.csv")])
-        if not files:
-            raise FileNotFoundError(f"{place}: no such folder of judgements, or no CSV in it")
-        for file in files:
-            general = file.name in ("data.csv", "triplets.csv")
-            name = file.absolute().parent.name if general else file.stem
-            if name in found:
-                raise ValueError(f"{file} and {found[name]} are both called {name}; rename one")
-            found[name] = file
-    return found
 
 
 def csv_file(path):

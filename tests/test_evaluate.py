@@ -19,6 +19,7 @@ import evaluate
 from data import benchmarks, look, results
 from data.prepare import tars
 from data.benchmarks import LISTS
+from data.images import MEAN, STD, eval_image
 from data.prepare.tars import write_set
 from data.prepare.tars import write_shards
 from data.text import Tokenizer
@@ -164,8 +165,8 @@ def test_a_result_file_says_what_was_measured_on_what(world):
     assert len(result["sha256"]) == 64 and set(result["versions"]) == {
         "python", "torch", "numpy", "pillow"}
     assert result["missing"] == [row.sets[0] for row in LISTS["code"]]
-    assert list(result["tasks"]) == ["letters", "scenes", "nights", "nights-imagenet",
-                                     "nights-no-imagenet"]
+    assert list(result["tasks"]) == ["letters", "letters-knn", "scenes", "nights",
+                                     "nights-imagenet", "nights-no-imagenet"]
     letters = result["tasks"]["letters"]
     assert (letters["n"], letters["classes"], letters["templates"], letters["family"]) == (
         30, 6, 2, "plain")
@@ -189,7 +190,7 @@ def test_the_figures_are_those_of_the_metric_functions(world):
     out = run(world, world / "base" / "ckpt.pt")
     clip = load_clip(world / "base" / "ckpt.pt")
     for name, folder in benchmarks.find_sets(world / "sets").items():
-        direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)
+        direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)[name]
         assert read(out / "base.json")["tasks"][name]["metrics"] == direct["metrics"]
         with np.load(out / "base.npz") as arrays:
             for metric, hits in direct["hits"].items():
@@ -258,7 +259,7 @@ def test_an_evaluation_that_breaks_off_keeps_its_finished_sets(world, monkeypatc
     tars.write_tar(f"{broken}/test/0.tar", [("s1.png", b"<html>"), ("s1.cls", b"0")])
     with pytest.raises(ValueError, match="s1.png: undecodable"):
         run(world, world / "base" / "ckpt.pt")
-    assert list(read(world / "out/base.json")["tasks"]) == ["letters"]
+    assert list(read(world / "out/base.json")["tasks"]) == ["letters", "letters-knn"]
     assert sorted(os.listdir(world / "out")) == ["base.json", "base.npz"]  # and no comparison
     calls = counted(monkeypatch)
     shutil.rmtree(broken)
@@ -305,6 +306,8 @@ FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message 
     "a query of nothing": (None, {"query": "red"}, "goes with --query=TEXT or --image=FILE"),
     "an unknown list": (None, {"list": "codes"}, "list='codes': must be one of 'code', 'plan'"),
     "an unknown precision": (None, {"dtype": "half"}, "must be one of 'float32', 'bfloat16'"),
+    "labels of nothing": (None, {"labels": "a,b"}, "goes with --query=TEXT or --image=FILE"),
+    "labels of a query": (None, {"labels": "a,b", "query": "red"}, "goes with --image=FILE"),
     "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be above 0"),
 }
 
@@ -342,16 +345,24 @@ def test_partial_sets_are_taken_on_request_and_say_so(world):
 # ------------------------------------------------------------------------------ kinds of weights
 
 
-def test_stage_1_is_evaluated_on_judgements_only(world):
+def test_stage_1_has_judgements_and_probes(world):
     out = run(world, world / "stage1" / "ckpt.pt", world / "base" / "ckpt.pt", nights=world)
-    assert set(read(out / "stage1.json")["tasks"]) == {"nights", "nights-imagenet",
+    assert set(read(out / "stage1.json")["tasks"]) == {"letters-knn", "nights", "nights-imagenet",
                                                        "nights-no-imagenet"}
     comparison = read(out / "comparison.json")
     assert set(comparison["sets"]["nights"]["arms"]) == {"stage1", "base"}
+    assert set(comparison["sets"]["letters-knn"]["arms"]) == {"stage1", "base"}
     assert set(comparison["sets"]["letters"]["arms"]) == {"base"}
 
 
-def test_stage_1_without_judgements_is_refused(world):
+def test_a_finished_probe_of_stage_1_is_not_repeated(world, capsys):
+    for _ in range(2):
+        run(world, world / "stage1" / "ckpt.pt")
+    assert "stage1: 1 sets, 1 from before" in capsys.readouterr().out
+
+
+def test_stage_1_without_judgements_or_classes_is_refused(world):
+    shutil.rmtree(world / "sets/wds_letters_test")
     with pytest.raises(ValueError, match="vision tower only; give --judgements"):
         run(world, world / "stage1" / "ckpt.pt")
 
@@ -372,7 +383,7 @@ def test_random_weights_are_drawn_from_the_seed(world):
 def test_random_weights_with_a_vocabulary_have_a_text_side(world):
     (world / "bytes.tiktoken").write_text(BYTES)
     out = run(world, "random:toy", vocabulary=world / "bytes.tiktoken")
-    assert set(read(out / "random-toy.json")["tasks"]) == {"letters", "scenes"}
+    assert set(read(out / "random-toy.json")["tasks"]) == {"letters", "letters-knn", "scenes"}
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip", "huggingface"])
@@ -391,7 +402,8 @@ def test_foreign_weights_get_the_figures_of_the_same_weights_in_our_file(world, 
     result = read(run(world, path, vocabulary=world / "bytes.tiktoken", **more)
                   / f"{path.stem}.json")
     assert (result["source"], result["samples"], result["quick_gelu"]) == (layout, None, True)
-    direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), world / "sets/wds_letters_test")
+    folder = world / "sets/wds_letters_test"
+    direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)["letters"]
     assert result["tasks"]["letters"]["metrics"] == direct["metrics"]
 
 
@@ -431,7 +443,8 @@ def test_folders_give_curves_and_a_plot_with_the_caveat(world):
     out = run(world, world / "base")
     scaling = read(out / "scaling.json")
     assert "not independent budgets" in scaling["caveat"]
-    assert scaling["near_chance"] == ["letters", "scenes"]  # random weights know nothing
+    # random weights know nothing
+    assert scaling["near_chance"] == ["letters", "letters-knn", "scenes"]
     assert Image.open(out / "scaling.png").width > 100
     assert (out / "base@200.json").exists() and (out / "base@500.json").exists()
 
@@ -492,6 +505,30 @@ def test_stage_1_answers_an_image_and_refuses_a_text(world):
     assert Image.open(out / "query.png").width > 1000
     with pytest.raises(ValueError, match="has no text side"):
         run(world, world / "stage1" / "ckpt.pt", benchmarks="", images=world / "pairs", query="red")
+
+
+def test_labels_of_an_image_have_the_probabilities_of_clip(world, capsys):
+    run(world, world / "base" / "ckpt.pt", benchmarks="", image=world / "3.png", labels="one, two,six")
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    clip, tokenizer = load_clip(world / "base" / "ckpt.pt"), Tokenizer(BYTES)
+    pixels = eval_image(look.read_image(world / "3.png"), 32).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    logits, labels = [], ("one", "two", "six")
+    with torch.no_grad():
+        image = clip.encode_image(((pixels - mean) / std)[None])[0]
+        for label in labels:
+            text = clip.encode_text(tokenizer([label], clip.config.context_length))[0]
+            logits.append(clip.logit_scale.exp().item() * float(image @ text))
+    exponentials = np.exp(logits)
+    shares = 100 * exponentials / exponentials.sum()
+    order = np.argsort(-shares)
+    assert [line.split()[-1] for line in printed] == [labels[i] for i in order]
+    assert [float(line.split()[1]) for line in printed] == pytest.approx(shares[order], abs=0.06)
+
+
+def test_labels_need_a_text_side(world):
+    with pytest.raises(ValueError, match="stage1/ckpt.pt: has no text side"):
+        run(world, world / "stage1" / "ckpt.pt", benchmarks="", image=world / "3.png", labels="a,b")
 
 
 def test_an_unreadable_query_image_is_refused(world):

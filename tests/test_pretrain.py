@@ -523,7 +523,7 @@ def watched(arguments, toy_world, tmp_path_factory):
     """(records of the log, checkpoint) of twelve steps that look at unseen sets every six."""
     folder = tmp_path_factory.mktemp("watched")
     here(arguments(folder, f"--held_out={toy_world}/pairs/held_out", "--eval_every=6",
-                   f"--benchmarks={toy_world}/benchmarks"))
+                   f"--judgements={toy_world}/nights", f"--benchmarks={toy_world}/benchmarks"))
     with open(folder / "log.jsonl") as file:
         return [json.loads(line) for line in file], folder / "ckpt.pt"
 
@@ -562,12 +562,22 @@ def test_watched_benchmarks_are_those_of_evaluate(watched, toy_world):
     from data.text import Tokenizer
     clip, sets = load_clip(watched[1]), find_sets(toy_world / "benchmarks")
     assert {f"zero_shot/{name}" for name in sets} <= watched[0][-1].keys()
-    result = evaluate_set(clip, Tokenizer(clip.vocabulary), sets["toy_shape"])
-    assert watched[0][-1]["zero_shot/toy_shape"] == result["metrics"]["acc1"]
+    tasks = evaluate_set(clip, Tokenizer(clip.vocabulary), sets["toy_shape"])
+    assert watched[0][-1]["zero_shot/toy_shape"] == tasks["toy_shape"]["metrics"]["acc1"]
+
+
+def test_watched_judgements_are_those_of_evaluate(watched, toy_world):
+    from data.triplets import Triplets
+    from evaluate import evaluate_triplets
+    clip, test = load_clip(watched[1]), Triplets(toy_world / "nights", "test")
+    tasks = evaluate_triplets(clip.encode_image, test, 32, "cpu")
+    assert [record["2afc/nights"] for record in watched[0] if "val_loss" in record][-1] == (
+        pytest.approx(tasks["nights"]["metrics"]["2afc"], abs=1e-6))
 
 
 def look_in_process(rank, checkpoint, world):
     """One of two ranks looks; rank 0 leaves the record beside the checkpoint."""
+    from data.judgements import open_judgements
     from data.pairs import HeldOut
     from data.text import Tokenizer
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
@@ -577,8 +587,8 @@ def look_in_process(rank, checkpoint, world):
     clip = load_clip(checkpoint)
     config = pretrain.Config(image_size=32, dtype="float32", batch_size=16,
                              benchmarks=f"{world}/benchmarks")
-    record = pretrain.look(clip, Tokenizer(clip.vocabulary), HeldOut(f"{world}/pairs/held_out"), 12,
-                           config, Ranks())
+    record = pretrain.look(clip, Tokenizer(clip.vocabulary), HeldOut(f"{world}/pairs/held_out"),
+                           open_judgements(f"{world}/nights", 6), 12, config, Ranks())
     if rank == 0:
         pathlib.Path(f"{checkpoint}.json").write_text(json.dumps(record))
     dist.destroy_process_group()

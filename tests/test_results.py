@@ -1,5 +1,6 @@
 """Result files, paired intervals, wins, seeds and power laws, against hand counts and truths."""
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import results
+from data import plots, results
 from data.benchmarks import LISTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -575,11 +576,64 @@ def test_the_command_says_what_is_wrong_in_one_line():
     assert done.stderr == "results.py: [Errno 2] No such file or directory: 'none.json'\n"
 
 
-def test_the_picture_is_drawn(tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that matplotlib was asked to write, as they are written."""
     pytest.importorskip("matplotlib", reason="optional")
+    from matplotlib.figure import Figure
+    figures, real = [], Figure.savefig
+
+    def note(figure, path, **how):
+        figures.append(figure)
+        real(figure, path, **how)
+    monkeypatch.setattr(Figure, "savefig", note)
+    return figures
+
+
+def test_curves_are_drawn_with_their_means_and_chance(drawn, tmp_path):
     curves = results.scaling([milestones("base", [0.3, 0.4, 0.5]), milestones("pi", [0.4])])
-    results.draw_scaling(curves, tmp_path / "scaling.png")
+    plots.draw_scaling(curves, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    axis = drawn[0].axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+    group = axis.get_title()
+    tasks = milestones("base", [0.3])["seeds"][0][0][0]["tasks"]
+    chance = np.mean([1 / tasks[name]["classes"] for name in tasks
+                      if f"mean of {tasks[name]['family']}" == group or "all" in group])
+    assert lines["chance"] == pytest.approx(100 * chance)
+    drawn_means = [bar[0].get_ydata().tolist() for bar in axis.containers]
+    assert drawn_means == [pytest.approx([30, 40, 50]), pytest.approx([40])]
+
+
+def test_a_comparison_is_drawn_by_family_and_set_with_its_differences(drawn, tmp_path):
+    a, b = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.4)
+    results.main([f"x={a}", f"y={b}", f"--out={tmp_path / 'out'}"])
+    assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    axis = drawn[0].axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert set(labels) == {*(f"mean of {family}" for family in comparison["families"]),
+                           *comparison["sets"]}
+    dots = {}
+    for line in axis.lines:
+        if line.get_marker() == "o":
+            dots[labels[round(float(line.get_ydata()[0]))]] = float(line.get_xdata()[0])
+    for name, record in comparison["sets"].items():
+        assert dots[name] == pytest.approx(100 * record["arms"]["y"][record["main"]]["delta"])
+    bars = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2
+            and line.get_label().startswith("_child") and line.get_xdata()[0] != 0]
+    ends = [100 * np.array(record["arms"]["y"][record["main"]]["delta_interval"])
+            for record in comparison["sets"].values()]
+    for interval in ends:
+        assert any(np.allclose(interval, bar) for bar in bars)
+
+
+def test_without_matplotlib_the_tables_are_written_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    a, b = written(tmp_path, "a", 0.3), written(tmp_path, "b", 0.4)
+    results.main([f"x={a}", f"y={b}", f"--out={tmp_path / 'out'}"])
+    assert "no pictures: they need matplotlib (pip install matplotlib)" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["comparison.json", "comparison.md"]
 
 
 def test_a_set_that_an_early_milestone_lacks_has_no_curve():

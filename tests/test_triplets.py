@@ -704,6 +704,61 @@ def test_faults_of_lists_ratings_and_votes_are_named(tmp_path, kind, content, me
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.fixture
+def two_sets(tmp_path):
+    """CSVs a/t.csv with 6, 2 and 2 triplets of the three splits, b/t.csv with 4, 3 and 1."""
+    sizes = {"a": (6, 2, 2), "b": (4, 3, 1)}
+    for name, counts in sizes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        listed(folder, 8)
+        rows = []
+        for split, count in zip(("train", "val", "test"), counts):
+            for i in range(count):
+                paths = [f"images/{(i + j) % 8}.png" for j in range(3)]
+                rows.append([*paths, (i + len(name)) % 2, split])
+        write(folder, rows, ["ref", "left", "right", "label", "split"], "t.csv")
+    return tmp_path
+
+
+def test_a_mix_has_equal_shares_of_each_split_and_only_rows_of_its_files(two_sets, capsys):
+    conversions.main(["mix", f"{two_sets}/mix.csv", f"{two_sets}/a/t.csv", f"{two_sets}/b/t.csv"])
+    mixed = read(two_sets / "mix.csv")
+    counts = {}
+    for row in mixed:
+        key = row["ref"][0], row["split"]
+        counts[key] = counts.get(key, 0) + 1
+        assert len({row[side].split("/")[0] for side in ("ref", "left", "right")}) == 1
+    assert counts == {("a", "train"): 4, ("b", "train"): 4, ("a", "val"): 2, ("b", "val"): 2,
+                      ("a", "test"): 1, ("b", "test"): 1}
+    for name in ("a", "b"):
+        known = [tuple(row.values()) for row in read(two_sets / name / "t.csv")]
+        for row in mixed:
+            if row["ref"].startswith(f"{name}/"):
+                own = tuple(value.removeprefix(f"{name}/") for value in row.values())
+                assert own in known
+    assert capsys.readouterr().out.endswith("mix.csv: 8 train, 4 val, 2 test\n")
+    assert len(Triplets(two_sets / "mix.csv", "train")) == 8
+
+
+def test_another_seed_draws_another_share(two_sets):
+    texts = []
+    for seed in (0, 0, 1):
+        conversions.main(["mix", f"{two_sets}/m.csv", f"{two_sets}/a/t.csv", f"{two_sets}/b/t.csv",
+                          f"--seed={seed}"])
+        texts.append((two_sets / "m.csv").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_faults_of_a_mix_are_named(two_sets):
+    with pytest.raises(ValueError, match="b/t.csv: lies outside of .*/a, the folder of"):
+        conversions.main(["mix", f"{two_sets}/a/m.csv", f"{two_sets}/a/t.csv", f"{two_sets}/b/t.csv"])
+    lines = (two_sets / "b/t.csv").read_text().splitlines()
+    (two_sets / "b/t.csv").write_text("\n".join(line for line in lines if "val" not in line))
+    with pytest.raises(ValueError, match="b/t.csv: has no triplets of split val"):
+        conversions.main(["mix", f"{two_sets}/m.csv", f"{two_sets}/a/t.csv", f"{two_sets}/b/t.csv"])
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "data.prepare.triplets", *map(str, arguments)], cwd=ROOT,

@@ -5,12 +5,14 @@
     python -m data.prepare.triplets list LINES.txt OUT.csv       A B C: A is closer to B than C
     python -m data.prepare.triplets ratings RATINGS.csv OUT.csv  rater,i,j,rating: high is alike
     python -m data.prepare.triplets votes VOTES.csv OUT.csv      ref,a,b,votes_a,votes_b
+    python -m data.prepare.triplets mix OUT.csv A.csv B.csv ...  equal shares of several CSVs
 
 TRIPLETS: THINGS' trainset.txt, three numbers a line of which the third is the odd one out; or a
 CSV with the columns anchor_idx,positive_idx,negative_idx. IMAGES.txt: one path a line. The last
 three find pictures by their names, as in --pictures=images/{}.jpg. Paths are relative to the
 folder of OUT.csv. Anchors are dealt 80/10/10 to train, val and test; with --disjoint=True all
-pictures are, and triplets across splits are left out.
+pictures are, and triplets across splits are left out. `mix` keeps the splits of its files, and
+takes as many triplets of each as the smallest has, split by split; OUT.csv lies above them all.
 """
 import csv
 import itertools
@@ -23,11 +25,11 @@ import numpy as np
 
 from configs import check_ranges, load_config
 from data.log import run_main
-from data.triplets import (SPLITS, deal_splits, inside_path, need_columns, read_table,
-                           whole_number)
+from data.triplets import (SIDES, SPLITS, deal_splits, inside_path, need_columns, read_rows,
+                           read_table, whole_number)
 
 HEADER = ["ref", "left", "right", "label", "split"]
-WORDS = {"things": 4, "rdm": 4, "list": 3, "ratings": 3, "votes": 3}  # of a command
+WORDS = {"things": 4, "rdm": 4, "list": 3, "ratings": 3, "votes": 3}  # of a command but mix
 
 
 @dataclass
@@ -269,12 +271,48 @@ def write_triplets(out_csv, found, names, source, config):
     if not all(counts.values()):
         raise ValueError(f"{out_csv}: too few anchors or pictures to split them in train, val "
                          f"and test: {counts}")
+    write_csv(out_csv, lines)
+    return counts
+
+
+def write_csv(out_csv, lines):
+    """Write the generic CSV, whole or not at all, and over nothing but such a file."""
     if os.path.exists(out_csv) and not read_text(out_csv).startswith(",".join(HEADER)):
         raise ValueError(f"{out_csv}: is there and not of this command; name another file")
     partial = pathlib.Path(f"{out_csv}.tmp")
     with open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER, *lines])
     os.replace(partial, out_csv)
+
+
+def mix(out_csv, sources, seed):
+    """Equal shares of several CSVs as one, split by split; returns how many a split has.
+
+    The triplets of each are drawn by the seed, and stay in their order.
+    """
+    folder, splits = pathlib.Path(out_csv).absolute().parent, {split: [] for split in SPLITS}
+    for source in sources:
+        rows = read_rows(pathlib.Path(source))
+        below = os.path.relpath(pathlib.Path(source).absolute().parent, folder)
+        if below.startswith(".."):
+            raise ValueError(f"{source}: lies outside of {folder}, the folder of {out_csv}")
+        for split in SPLITS:
+            lines = []
+            for row in rows:
+                if row["split"] == split:
+                    paths = [os.path.normpath(os.path.join(below, row[side])) for side in SIDES]
+                    lines.append([*paths, row["label"], split])
+            if not lines:
+                raise ValueError(f"{source}: has no triplets of split {split}")
+            splits[split].append(lines)
+    rng, mixed, counts = np.random.default_rng([seed, 2]), [], {}
+    for split, files in splits.items():
+        share = min(map(len, files))
+        for lines in files:
+            chosen = np.sort(rng.permutation(len(lines))[:share])
+            mixed += [lines[i] for i in chosen]
+        counts[split] = share * len(files)
+    write_csv(out_csv, mixed)
     return counts
 
 
@@ -300,11 +338,8 @@ def check_pictures(out_csv, found, names, source):
             checked.add(number)
 
 
-def main(argv=None):
-    config, words = load_config(Config, globals(), argv)
-    if not words or len(words) != WORDS.get(words[0]):
-        raise ValueError("write: python -m data.prepare.triplets things TRIPLETS IMAGES.txt "
-                         "OUT.csv (or rdm, list, ratings, votes; --help says more)")
+def convert(words, config):
+    """(triplets that a split has, how many were left out) of a command that reads one source."""
     kind, source, out_csv = words[0], words[1], words[-1]
     if kind in ("things", "rdm"):
         names = image_list(words[2])
@@ -321,8 +356,21 @@ def main(argv=None):
             found = read_votes(source, config.lead)
         names, found = number_pictures(found, config.pictures)
     counts = write_triplets(out_csv, found, names, source, config)
+    return counts, len(found) - sum(counts.values())
+
+
+def main(argv=None):
+    config, words = load_config(Config, globals(), argv)
+    if len(words) > 3 and words[0] == "mix":
+        out_csv, left_out = words[1], 0
+        counts = mix(out_csv, words[2:], config.seed)
+    elif words and len(words) == WORDS.get(words[0]):
+        out_csv = words[-1]
+        counts, left_out = convert(words, config)
+    else:
+        raise ValueError("write: python -m data.prepare.triplets things TRIPLETS IMAGES.txt "
+                         "OUT.csv (or rdm, list, ratings, votes, mix; --help says more)")
     line = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    left_out = len(found) - sum(counts.values())
     if left_out:
         line += f"; {left_out:,} left out, whose pictures are of different splits"
     print(f"{out_csv}: {line}")

@@ -1,16 +1,19 @@
-"""The study: every arm on the toy world, several seeds each, alike in everything else.
+"""A study: every arm of a world, several seeds each, alike in everything else.
 
     python -m data.prepare.toy
-    python -m tests.bench.study                 # 5 seeds, all arms, as many runs at once as cores
-    python -m tests.bench.study --seeds=2 --steps=300 --out=out/study_quick
+    python -m tests.bench.study --arms=baseline,pi,shuffled,posthoc,posthoc_slow     # 5 seeds
+    python -m tests.bench.study --seeds=2 --steps=300 --arms=baseline,pi --out=out/quick
+    python -m tests.bench.study --world=real --arms=baseline,pi,permuted_votes --out=out/real
 
-An arm is a list of commands in ARMS, so a new one is a line there. A seed fixes batches,
-augmentation and the text tower for all arms of that seed. A study that was stopped goes on where
-it stopped: the scripts resume their runs, and what is finished is not repeated.
+An arm is a list of commands in tests/bench/arms.py, so a new one is a line there. A seed fixes
+batches, augmentation and the text tower for all arms of that seed. A study that was stopped goes
+on where it stopped: the scripts resume their runs, and what is finished is not repeated. So
+arms and seeds can be added later, by another command with the same --out.
 
-Writes to OUT/eval: comparison.md and .json (means, deviations and intervals over seeds),
-scaling.md, .json and .png (the milestones of all runs), curves.png (three of its means, for the
-README), stage_1.md (2AFC of each arm's tower before and after its judgements).
+Writes to OUT/NAME: comparison.md, .json and .png (means, deviations and intervals over seeds),
+scaling.md, .json and .png (the milestones of all runs), curves.png (a few of its means),
+towers/ (the same of what stage 1 leaves), stage_1.md (2AFC of each arm's tower before and after
+its judgements).
 """
 import json
 import os
@@ -21,42 +24,32 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import load_config
+from configs import check_ranges, load_config
 from data.log import run_main
-from data.results import draw_scaling, seed_statistics, table, write_text
+from data.plots import draw_scaling
+from data.results import seed_statistics, table, write_text
+from tests.bench import arms
 
-# {run}: the folder of this arm and seed.  {baseline}: the baseline's of the same seed.
-# A study keeps every core busy with runs, so pretraining loads its batches by itself.
-JUDGE = "perceptual_init.py --out_dir={run}/stage_1 configs/"
-PRETRAIN = "pretrain.py configs/toy.py --workers=0 --out_dir={run} --init_vision="
-PRETRAIN_JUDGED = PRETRAIN + "{run}/stage_1/ckpt.pt"
-POSTHOC = ("perceptual_init.py configs/toy_posthoc.py --benchmarks= --out_dir={run} "
-           "--init={baseline}/ckpt.pt")
-ARMS = {
-    "baseline": [PRETRAIN],
-    "pi": [JUDGE + "toy_nights.py", PRETRAIN_JUDGED],
-    "shuffled": [JUDGE + "toy_nights_shuffled.py", PRETRAIN_JUDGED],  # permuted votes
-    "pi_10pct": [JUDGE + "toy_nights_10pct.py", PRETRAIN_JUDGED],
-    "pi_50pct": [JUDGE + "toy_nights_50pct.py", PRETRAIN_JUDGED],
-    "posthoc": [POSTHOC],  # judgements after pretraining, at the rate of the toy's stage 1
-    "posthoc_slow": [POSTHOC + " --lr=2e-5"],  # at a fiftieth of it, as for NIGHTS
-}
-EVALUATE = ("evaluate.py {run} --benchmarks=data/toy/benchmarks --nights=data/toy/nights "
-            "--workers=0 --out={run}/eval")
+WORLDS = {  # arms, and how a run or a tower is evaluated
+    "toy": (arms.TOY, arms.EVALUATE_TOY), "real": (arms.REAL, arms.EVALUATE_REAL)}
 
 
 @dataclass
 class Config:
+    world: str = "toy"          # or "real"
     seeds: int = 5              # 0, 1, ...
-    arms: str = ",".join(ARMS)  # with commas between; the first is the baseline
+    arms: str = "baseline,pi"   # with commas between; the first is the baseline
     steps: int = 0              # of pretraining; 0: the recipe's
     processes: int = os.cpu_count()  # runs at once, of one thread each
     out: str = "out/study"
+    name: str = "eval"          # of the folder of comparisons in out
 
     def check(self):
+        check_ranges(self, world=tuple(WORLDS))
+        known, _ = WORLDS[self.world]
         for arm in self.arms.split(","):
-            if arm not in ARMS:
-                raise ValueError(f"arms={self.arms}: {arm} is none of {', '.join(ARMS)}")
+            if arm not in known:
+                raise ValueError(f"arms={self.arms}: {arm} is none of {', '.join(known)}")
         if self.seeds < 1 or self.processes < 1:
             raise ValueError(f"seeds={self.seeds}: seeds and processes must be at least 1")
 
@@ -69,9 +62,9 @@ def start(command, arm, seed, config):
     """Run one command of an arm and seed in a process of one thread; a failure is an error."""
     words = []
     for word in command.split():
-        words.append(word.format(run=folder(arm, seed, config),
+        words.append(word.format(run=folder(arm, seed, config), pi=folder("pi", seed, config),
                                  baseline=folder("baseline", seed, config)))
-    if command != EVALUATE:
+    if words[0] != "evaluate.py":
         words.append(f"--seed={seed}")
     if words[0] == "pretrain.py" and config.steps:
         words.append(f"--max_steps={config.steps}")
@@ -82,18 +75,25 @@ def start(command, arm, seed, config):
 
 
 def run(arm, seed, config):
-    """All commands of one arm and seed, then the evaluation of all its milestones."""
+    """All commands of one arm and seed, then the evaluation of its tower and its milestones."""
     began = time.monotonic()
-    for command in ARMS[arm] + [EVALUATE]:
+    commands, evaluate = WORLDS[config.world]
+    for command in commands[arm]:
         start(command, arm, seed, config)
+    place = Path(folder(arm, seed, config))
+    for part in ("stage_1", "."):
+        if (place / part / "ckpt.pt").exists():
+            start(evaluate.format(run=place / part), arm, seed, config)
     print(f"{arm}, seed {seed}: done in {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
 
 def run_all(config):
     """Every arm and seed, seed by seed, so that a part of a study is of use."""
-    arms = config.arms.split(",")
-    first = [arm for arm in arms if "{baseline}" not in ARMS[arm][0]]
-    second = [arm for arm in arms if arm not in first]  # these start from a finished baseline
+    commands, _ = WORLDS[config.world]
+    first, second = [], []
+    for arm in config.arms.split(","):
+        waits = "{baseline}" in str(commands[arm]) or "{pi}" in str(commands[arm])
+        (second if waits else first).append(arm)  # these start from what others have finished
     for group in (first, second):
         pool, jobs = ThreadPoolExecutor(config.processes), []
         for seed in range(config.seeds):
@@ -106,27 +106,30 @@ def run_all(config):
             pool.shutdown(cancel_futures=True)  # after a failure nothing new starts
 
 
-def compare(config):
-    """comparison.* and scaling.* of the result files of all arms."""
+def compare(part, out, config):
+    """comparison.* and scaling.* of the result files of all arms; part: "stage_1" or "."."""
     arguments = []
     for arm in config.arms.split(","):
         files = []
         for seed in range(config.seeds):
-            for file in sorted(Path(folder(arm, seed, config), "eval").glob("*.json")):
+            for file in sorted(Path(folder(arm, seed, config), part, "eval").glob("*.json")):
                 if file.stem not in ("comparison", "scaling"):
                     files.append(str(file))
-        arguments.append(f"{arm}={','.join(files)}")
-    command = [sys.executable, "-m", "data.results", *arguments, f"--out={config.out}/eval"]
-    subprocess.run(command, check=True)
+        if files:
+            arguments.append(f"{arm}={','.join(files)}")
+    if arguments:
+        command = [sys.executable, "-m", "data.results", *arguments, f"--out={out}"]
+        subprocess.run(command, check=True)
 
 
 def stage_1_table(config):
     """Mean and deviation over seeds of 2AFC, before and after each arm's judgements."""
     rows = []
     for arm in config.arms.split(","):
-        if not ARMS[arm][0].startswith("perceptual_init.py"):
+        commands, _ = WORLDS[config.world]
+        if not commands[arm][0].startswith("perceptual_init.py"):
             continue
-        part = "stage_1" if "{run}/stage_1" in ARMS[arm][0] else "."
+        part = "stage_1" if "{run}/stage_1" in commands[arm][0] else "."
         cells = [arm]
         for split in ("val", "test"):
             for when in (0, -1):
@@ -143,10 +146,11 @@ def stage_1_table(config):
 
 
 def draw_curves(out):
-    """curves.png: three means of scaling.json against samples seen, without their fits."""
+    """curves.png: a few means of scaling.json against samples seen, without their fits."""
     scaling = json.loads(Path(out, "scaling.json").read_text())
     chosen = {}
-    for group in ("mean of all classification", "mean of retrieval", "mean of nights"):
+    for group in ("all classification", "retrieval", "nights", "judgements", "k-NN probe"):
+        group = f"mean of {group}"
         if group in scaling["curves"]:  # not where all its sets are near chance
             chosen[group] = {}
             for arm, curve in scaling["curves"][group].items():
@@ -159,13 +163,15 @@ def draw_curves(out):
 
 def main(argv=None):
     config, _ = load_config(Config, globals(), argv, files=0)
+    out = f"{config.out}/{config.name}"
     run_all(config)
-    compare(config)
+    compare("stage_1", f"{out}/towers", config)
+    compare(".", out, config)
     text = stage_1_table(config)
-    write_text(f"{config.out}/eval/stage_1.md", text + "\n")
+    write_text(f"{out}/stage_1.md", text + "\n")
     print(text)
-    if Path(config.out, "eval", "scaling.json").exists():
-        draw_curves(f"{config.out}/eval")
+    if Path(out, "scaling.json").exists():
+        draw_curves(out)
 
 
 if __name__ == "__main__":
