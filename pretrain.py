@@ -113,6 +113,9 @@ class Config:
         check_patches(self, SIZES[self.model].patch_size)
         if self.init and self.init_vision:
             raise ValueError(f"init={self.init}: brings its vision tower; drop init_vision")
+        newest = os.path.join(self.out_dir, "ckpt.pt")
+        if not self.resume and os.path.exists(newest):
+            raise ValueError(f"resume=False, but {newest} is there; choose another out_dir")
 
 
 # ---------------------------------------- functions that a recipe may replace (HOOKS above)
@@ -216,8 +219,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch):
         device_type = self.clip.logit_scale.device.type
-        bfloat16 = self.config.dtype == "bfloat16"
-        with torch.autocast(device_type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device_type, torch.bfloat16, self.config.dtype == "bfloat16"):
             return encode(self.clip, batch, self.config)
 
 
@@ -329,8 +331,6 @@ def main(argv=None):
     ranks, newest = Ranks(), os.path.join(config.out_dir, "ckpt.pt")
     b = ranks.share(config.batch_size)
     micro = config.micro_batch or b
-    if not config.resume and os.path.exists(newest):
-        raise ValueError(f"resume=False, but {newest} is there; choose another out_dir")
     if config.compile:
         need_compiler()
     device = ranks.start()

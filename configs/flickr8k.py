@@ -19,5 +19,5 @@ warmup_steps = 100
 lr = 1e-3
 workers = 0
 log_every = 55       # an epoch
-save_every = 275
-keep_at = [128 * step for step in (PAIR_STEPS // 8, PAIR_STEPS // 4, PAIR_STEPS // 2)]
+save_every = 165
+keep_at = [128 * step for step in (PAIR_STEPS // 4, PAIR_STEPS // 2)]

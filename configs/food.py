@@ -9,6 +9,6 @@ out_dir = "out/food"
 
 batch_size = 128
 max_steps = STAGE_1_STEPS
-warmup_steps = 60
+warmup_steps = 30
 lr = 1e-3
 log_every = 50

@@ -49,9 +49,9 @@ REAL = {
                    "--init={baseline}/ckpt.pt"],
     "mimetic": [FLICKR + " configs/ideas/mimetic_init.py"],
     # the search: dose of stage 1, its best checkpoint, kinds of judgement
-    "pi_tenth": [MIXED + " --max_steps=60 --warmup_steps=6", FLICKR_JUDGED],
-    "pi_third": [MIXED + " --max_steps=200 --warmup_steps=20", FLICKR_JUDGED],
-    "pi_triple": [MIXED + " --max_steps=1800 --warmup_steps=180", FLICKR_JUDGED],
+    "pi_tenth": [MIXED + " --max_steps=30 --warmup_steps=3", FLICKR_JUDGED],
+    "pi_third": [MIXED + " --max_steps=100 --warmup_steps=10", FLICKR_JUDGED],
+    "pi_triple": [MIXED + " --max_steps=900 --warmup_steps=90", FLICKR_JUDGED],
     "pi_best": [FLICKR + "{pi}/stage_1/best.pt"],
     "food": [JUDGE + "food.py", FLICKR_JUDGED],
     "materials": [JUDGE + "materials.py", FLICKR_JUDGED],
