@@ -2,7 +2,6 @@
 
     clip = CLIP(SIZES["ViT-B-32"])               # random weights
     clip = load_clip("ViT-B-32.pt")              # ours, OpenAI's, open_clip's, Hugging Face's
-    export_clip(clip, "clip.pt", "open_clip")    # or "openai"; "huggingface": a folder
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
 (arXiv 2103.00020). Letters in the shape comments of every file:
@@ -254,7 +253,7 @@ class CLIP(nn.Module):
     """Both towers and `logit_scale`, the log of the factor on the cosines (1 / temperature).
 
     `extra` is for what only training needs: recipes hang parameters and modules on it. They are
-    in the state dict; load_clip, load_vision and export_clip leave them out.
+    in the state dict; load_clip and load_vision leave them out.
     """
 
     def __init__(self, config):
@@ -441,17 +440,3 @@ def copy_weights(path, module, quick_gelu=None):
     weights = source.state_dict()
     module.load_state_dict(weights)
     return f"{path}: {len(weights)} tensors, checksum {weights_checksum(weights)}"
-
-
-def export_clip(clip, path, layout):
-    """Writes a file for OpenAI's code ("openai") or open_clip, or a folder ("huggingface").
-
-    The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
-    layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
-    """
-    from data import weights as files
-    weights = files.to_layout(files.without_extra(clip.state_dict()), layout)
-    if layout == "huggingface":
-        files.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
-    else:
-        write_checkpoint(path, weights | files.constants(asdict(clip.config), layout))

@@ -1,8 +1,8 @@
 """CLIP weights as other people keep them: their files, their names for tensors, their folders.
 
-model.load_clip and model.export_clip are the way in. OpenAI publishes TorchScript archives;
-others publish files of torch.save, .safetensors, or folders of these with configs in JSON. All
-are read as data: no code that a file may carry is run.
+model.load_clip is the way in, data/prepare/export.py the way out. OpenAI publishes TorchScript
+archives; others publish files of torch.save, .safetensors, or folders of these with configs in
+JSON. All are read as data: no code that a file may carry is run.
 """
 import base64
 import hashlib

@@ -18,12 +18,13 @@ from PIL import Image
 import evaluate
 from data import benchmarks, look, results
 from data.prepare import tars
+from data.prepare.export import export_clip
 from data.benchmarks import LISTS
 from data.images import MEAN, STD, eval_image
 from data.prepare.tars import write_set
 from data.prepare.tars import write_shards
 from data.text import Tokenizer
-from model import (CLIP, FORMAT, SIZES, export_clip, load_clip, read_checkpoint,
+from model import (CLIP, FORMAT, SIZES, load_clip, read_checkpoint,
                    write_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent

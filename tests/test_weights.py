@@ -19,7 +19,8 @@ from torch import nn
 from configs import load_config
 from data import weights as foreign
 from data.images import MEAN, STD
-from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, copy_weights, export_clip,
+from data.prepare.export import export_clip
+from model import (CLIP, FORMAT, SIZES, CLIPConfig, VisionTower, copy_weights,
                    load_clip, load_vision, read_checkpoint, weights_checksum, write_checkpoint)
 
 SMALL = CLIPConfig(embed_dim=24, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
@@ -432,7 +433,8 @@ import sys, torch
 from tests.bench.peer import load_peer
 open_clip, why = load_peer()
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from model import export_clip, load_clip
+from data.prepare.export import export_clip
+from model import load_clip
 torch.manual_seed(0)
 for quick in (False, True):
     theirs = CLIP(24, CLIPVisionCfg(layers=2, width=128, patch_size=8, image_size=32),

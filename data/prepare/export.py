@@ -6,17 +6,31 @@ LAYOUT is "openai" or "open_clip", TARGET then a file, or "huggingface", a folde
 transformers' CLIPModel. CHECKPOINT is a whole CLIP, of ours or of anyone that model.load_clip
 reads. Nothing is overwritten.
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs import load_config  # before torch: see there
+from data import weights as files
 from data.log import run_main
-from model import export_clip, load_clip
+from model import load_clip, write_checkpoint
 
 
 @dataclass
 class Config:
     quick_gelu: bool | None = None  # activation of foreign weights that do not tell it
+
+
+def export_clip(clip, path, layout):
+    """Writes a file for OpenAI's code ("openai") or open_clip, or a folder ("huggingface").
+
+    The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
+    layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
+    """
+    weights = files.to_layout(files.without_extra(clip.state_dict()), layout)
+    if layout == "huggingface":
+        files.write_folder(path, weights, asdict(clip.config), clip.vocabulary)
+    else:
+        write_checkpoint(path, weights | files.constants(asdict(clip.config), layout))
 
 
 def main(argv=None):
