@@ -159,7 +159,7 @@ def from_folders(folder, target, config):
 def labels_of_table(folder, pictures, file):
     """{picture: label} of a table; ValueError for a row without a picture or a clear label."""
     table, labels = {}, {}
-    for _, name, texts in read_texts(file, LABEL_COLUMNS):
+    for name, texts in read_texts(file, LABEL_COLUMNS):
         table.setdefault(name, []).extend(texts)
     matched, missing = match_names(table, pictures, folder)
     if missing:
