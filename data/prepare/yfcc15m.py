@@ -141,19 +141,6 @@ def find_sources(source, scratch):
     return sorted(files, key=lambda file: Path(file).stem), fetch
 
 
-def sum_up(target):
-    """Add up target/done/*.json, write target/report.json and return it."""
-    total = Counter()
-    for path in sorted((target / "done").glob("*.json")):
-        done = json.loads(path.read_text())
-        total["files"] += 1
-        for reason, numbers in done.pop("skipped").items():
-            total[f"skipped: {reason}"] += len(numbers)
-        total.update(done)
-    (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
-    return total
-
-
 def main(argv=None):
     config, others = load_config(Config, globals(), argv)
     if len(others) != 2:
@@ -163,7 +150,8 @@ def main(argv=None):
     tokenizer = Tokenizer(config.vocabulary)
     target = Path(others[1])
     files, fetch = find_sources(others[0], target / "fetched")
-    files = files[:config.files or None]
+    if config.files:
+        files = files[:config.files]
     (target / "done").mkdir(parents=True, exist_ok=True)
     for stale in target.glob("*.tar.*.tmp"):  # of a run that was killed
         stale.unlink()
@@ -179,7 +167,15 @@ def main(argv=None):
             print(problem, flush=True)
         progress.add()
 
-    for key, number in sum_up(target).items():
+    total = Counter()
+    for path in sorted((target / "done").glob("*.json")):
+        counts = json.loads(path.read_text())
+        total["files"] += 1
+        for reason, numbers in counts.pop("skipped").items():
+            total[f"skipped: {reason}"] += len(numbers)
+        total.update(counts)
+    (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
+    for key, number in total.items():
         print(f"{number:>14,}  {key}")
     if failed:
         raise ValueError(f"{len(failed)} of {len(files)} files failed, the first: {failed[0]}; "
