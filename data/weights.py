@@ -4,7 +4,6 @@ model.load_clip is the way in, data/prepare/export.py the way out. OpenAI publis
 archives; others publish files of torch.save, .safetensors, or folders of these with configs in
 JSON. All are read as data: no code that a file may carry is run.
 """
-import base64
 import hashlib
 import io
 import json
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 
 from data.images import MEAN, STD
+from data.prepare.vocabulary import SPELLING
+from data.text import read_ranks
 
 COLUMNS = {"ours": 0, "openai": 1, "open_clip": 1, "huggingface": 2}  # of NAMES
 V, T = "vision_model.embeddings", "text_model.embeddings"  # to keep the table narrow
@@ -418,29 +419,21 @@ def config_files(config):
 def tokenizer_files(vocabulary, context_length):
     """{file name: content} of Hugging Face's CLIPTokenizer for the text of a .tiktoken file.
 
-    There each byte is spelled as a printable character (GPT-2's table: the printable ones of
-    Latin-1 stand for themselves, the others follow from U+0100 on) and a word ends with "</w>".
+    The way back from data/prepare/vocabulary.py, which says how bytes and words are spelled.
     """
-    # data/prepare/vocabulary.py goes the other way; tests compare its input with this output
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    spelled = {byte: chr(byte) for byte in plain}
-    spelled |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    ranks = read_ranks(vocabulary, "vocabulary")
 
     def spell(token):
         word = token.removesuffix(b"\0") if len(token) > 1 else token  # NUL ends a word
         end = "</w>" if word != token else ""
-        return "".join(spelled[byte] for byte in word) + end
+        return word.decode("latin-1").translate(SPELLING) + end
 
-    pairs = [line.split() for line in vocabulary.splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     merges = ["#version: 0.2"]
     for token in sorted(ranks, key=ranks.get)[512:]:  # the first are single bytes
         left, right = halves(token, ranks)
         merges.append(f"{spell(left)} {spell(right)}")
-    start, end = "<|startoftext|>", "<|endoftext|>"
     ids = {spell(token): rank for token, rank in ranks.items()}
-    ids |= {start: len(ids), end: len(ids) + 1}
+    ids |= {"<|startoftext|>": len(ids), "<|endoftext|>": len(ids) + 1}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length}
     return {"vocab.json": ids, "merges.txt": "\n".join(merges) + "\n",
             "tokenizer_config.json": settings}  # special tokens: transformers' defaults

@@ -107,18 +107,6 @@ def show(rows, target):
               f"{', '.join(row.sets)}")
 
 
-def fetch_all(rows, target, home):
-    """Fetch each row's set; one that fails does not keep the others. Raises ValueError."""
-    failed = []
-    for row in rows:
-        try:
-            print(f"{row.title}: complete in {fetch(row, target, home)}")
-        except (ValueError, FileNotFoundError) as error:
-            failed.append(f"{row.sets[0]} ({error})")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(rows)} sets failed: {'; '.join(failed)}")
-
-
 # ---------------------------------------------------------------------------- sets of your own
 
 def from_folders(folder, target, config):
@@ -159,7 +147,7 @@ def from_folders(folder, target, config):
 def labels_of_table(folder, pictures, file):
     """{picture: label} of a table; ValueError for a row without a picture or a clear label."""
     table, labels = {}, {}
-    for _, name, texts in read_texts(file, LABEL_COLUMNS):
+    for name, texts in read_texts(file, LABEL_COLUMNS):
         table.setdefault(name, []).extend(texts)
     matched, missing = match_names(table, pictures, folder)
     if missing:
@@ -174,8 +162,7 @@ def labels_of_table(folder, pictures, file):
 
 def read_idx(path):
     """An idx-gz file of unsigned bytes (MNIST's format) -> uint8 array of its stated shape."""
-    with gzip.open(path) as file:
-        content = file.read()
+    content = gzip.decompress(path.read_bytes())
     dimensions = content[3]  # behind two zeros and an 8 for unsigned bytes
     shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -209,11 +196,17 @@ def main(argv=None):
             print(fashion_mnist(source, target))
         return
     target = Path(command or "data/benchmarks")
-    rows = choose_rows(config.only)
+    rows, failed = choose_rows(config.only), []
     if config.list:
         show(rows, target)
-    else:
-        fetch_all(rows, target, config.home)
+        return
+    for row in rows:
+        try:
+            print(f"{row.title}: complete in {fetch(row, target, config.home)}")
+        except (ValueError, FileNotFoundError) as error:  # which does not keep the others
+            failed.append(f"{row.sets[0]} ({error})")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(rows)} sets failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

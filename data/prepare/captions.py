@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections import Counter
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -56,7 +57,7 @@ def captions_beside(folder, names, lines):
 # ---------------------------------------------------------------------- tables
 
 def read_texts(file, known=CAPTION_COLUMNS):
-    """Yield ("file, row n", picture's name, [its texts]) of a table; a text may be None.
+    """Yield (picture's name, [its texts]) of each row of a table; a text may be None.
 
     known: names that the column of texts may have. Raises ValueError naming file and row.
     """
@@ -66,7 +67,7 @@ def read_texts(file, known=CAPTION_COLUMNS):
         if not name or not isinstance(name, str):
             raise ValueError(f"{where}: needs the name of a file, as text; a parquet file that "
                              "holds pictures itself is given as IMAGES")
-        yield where, PurePosixPath(name.strip()).as_posix(), texts_of(row, known, where)
+        yield PurePosixPath(name.strip()).as_posix(), texts_of(row, known, where)
 
 
 def texts_of(row, known, where):
@@ -132,8 +133,7 @@ def text_rows(file):
             raise ValueError(f"{len(cells)} cells, the header has {len(header)}; a text with a "
                              f"{SEPARATORS[separator]} in it needs quotes around it")
         blank = not "".join(cells).strip()
-        cells += [None] * (len(header) - len(cells))
-        yield None if blank else dict(zip(header, cells))
+        yield None if blank else dict(zip_longest(header, cells))
 
 
 def flickr8k_rows(lines):
@@ -147,7 +147,10 @@ def flickr8k_rows(lines):
 def jsonl_rows(file):
     """Objects, one a line. A line ends at a newline only: a caption may hold U+2028."""
     for line in file.read_text(encoding="utf-8-sig").split("\n"):
-        yield json.loads(line) or {} if line.strip() else None  # {}: null is no blank line
+        if line.strip():
+            yield json.loads(line) or {}  # null is a row without columns
+        else:
+            yield None
 
 
 def json_rows(file):
@@ -204,20 +207,22 @@ def match_names(table, pictures, folder):
     """
     by_name = {spell(picture): picture for picture in pictures}
     by_stem = {PurePosixPath(name).stem.lower(): name for name in by_name}
-    prefixes = [""]
-    for path in (folder.absolute(), folder.resolve()):
-        prefixes.append(f"{path}/")
-        for parent in path.parents:
-            prefixes.append(f"{path.relative_to(parent)}/")
-    meant = strip_prefixes(table, by_name, prefixes)
-    if not meant:
-        meant = strip_prefixes(table, by_name, [find_root(table, by_name)])
+    found = {}  # path -> {name in the table: the picture whose name stands behind that path}
+    for name in table:
+        parts = re.split("(?<=/)", spell(name))  # each but the last keeps its "/"
+        for i in range(len(parts)):
+            picture = by_name.get("".join(parts[i:]))
+            if picture:
+                found.setdefault("".join(parts[:i]), {})[name] = picture
+    meant = {}
+    for path in choose_paths(found, folder):
+        meant = found[path] | meant
     matched, missing = {}, []
     for name, texts in table.items():
-        near = by_stem.get(PurePosixPath(spell(name)).stem.lower(), "none")
         if name in meant:
             matched.setdefault(meant[name], []).extend(texts)
         else:
+            near = by_stem.get(PurePosixPath(spell(name)).stem.lower(), "none")
             missing.append((name, f"no such picture; near: {near}"))
     return matched, missing
 
@@ -227,26 +232,13 @@ def spell(name):
     return normalize("NFC", name).replace("\\", "/")
 
 
-def strip_prefixes(names, by_name, prefixes):
-    """{name: its picture} of the names that are a picture's behind one of the prefixes."""
-    found = {}
-    for name in names:
-        for prefix in prefixes:
-            picture = by_name.get(spell(name).removeprefix(prefix))
-            if picture:
-                found.setdefault(name, picture)
-    return found
-
-
-def find_root(names, by_name):
-    """The one absolute path that stands before pictures' names, with "/"; "" if in doubt."""
-    roots = set()
-    for name in names:
-        parts = spell(name).split("/")
-        if parts[0] and not parts[0].endswith(":"):  # relative
-            continue
-        for i in range(1, len(parts)):
-            if "/".join(parts[i:]) in by_name:
-                roots.add("/".join(parts[:i]) + "/")
-    root = min(roots, key=len, default="")  # /a/ stands before /a/b/, which it explains
-    return root if all(other.startswith(root) for other in roots) else ""
+def choose_paths(paths, folder):
+    """Those that end as the folder's own path does, or are ""; else one absolute before all."""
+    paths = sorted(paths, key=len)
+    places = spell(f"/{folder.absolute()}/"), spell(f"/{folder.resolve()}/")
+    own = [path for path in paths
+           if places[0].endswith(f"/{path}") or places[1].endswith(f"/{path}")]
+    absolute = [path for path in paths if re.match("/|[^/]+:/", path)]
+    if not own and all(path.startswith(absolute[0]) for path in absolute):
+        return absolute[:1]  # /a/ stands before /a/b/, which it explains
+    return own

@@ -42,7 +42,8 @@ def main(argv=None):
         raise ValueError(f"{target}: is there already; name another target")
     clip = load_clip(checkpoint, quick_gelu=config.quick_gelu)
     export_clip(clip, target, layout)
-    print(f"{target}: {layout} layout, {'quick-' * clip.config.quick_gelu}GELU")
+    gelu = "quick-GELU" if clip.config.quick_gelu else "GELU"
+    print(f"{target}: {layout} layout, {gelu}")
 
 
 if __name__ == "__main__":

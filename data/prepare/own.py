@@ -136,7 +136,7 @@ def find_in_folder(images, config):
         found.captions = {name: [tables.caption_of_names(name)] for name in names}
     elif Path(config.captions).is_file():
         table = {}
-        for _, name, texts in tables.read_texts(Path(config.captions)):
+        for name, texts in tables.read_texts(Path(config.captions)):
             table.setdefault(name, []).extend(texts)
             if not any(text and text.strip() for text in texts):
                 found.notes["rows without a caption"] += 1

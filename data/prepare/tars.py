@@ -40,7 +40,8 @@ def write_shards(folder, samples, per_shard=10_000):
     """
     if any(Path(folder).glob("*.tar")):
         raise ValueError(f"{folder} holds .tar files already; delete them or name another")
-    return sum(_write_tars(folder, _shard_members(samples), 2 * per_shard, digits=5)) // 2
+    members = shard_members(samples)  # two of each sample
+    return sum(_write_tars(folder, members, 2 * per_shard, digits=5)) // 2
 
 
 def _write_tars(folder, members, per_tar, digits):
@@ -52,7 +53,8 @@ def _write_tars(folder, members, per_tar, digits):
     return counts
 
 
-def _shard_members(samples):
+def shard_members(samples):
+    """Yield the members (name, bytes) of write_shards' samples: the image, then its captions."""
     for key, kind, image, captions in samples:
         yield f"{key}.{kind}", image
         lines = [" ".join((caption or "").split()) for caption in captions]

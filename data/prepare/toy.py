@@ -11,7 +11,6 @@ Pictures of one to three objects on a backdrop, 64 pixels a side, in the formats
     vocabulary/toy.tiktoken     256 bytes, 256 bytes that end a word, and this world's words
 """
 import csv
-import dataclasses
 import io
 import json
 import operator
@@ -20,7 +19,7 @@ import pathlib
 import random
 import shutil
 from base64 import b64encode
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 
@@ -570,7 +569,7 @@ def draw_world(config, folder):
 def main(argv=None):
     config, _ = load_config(Config, globals(), argv, files=0)
     out = pathlib.Path(config.out)
-    world = dataclasses.asdict(config) | {"out": "", "processes": 0}  # these change no byte
+    world = asdict(config) | {"out": "", "processes": 0}  # these change no byte
     if out.exists():
         if not (out / "world.json").exists():
             raise ValueError(f"out={out}: holds something that is not a toy world;"

@@ -22,6 +22,12 @@ NAME = "bpe_simple_vocab_16e6.txt.gz"
 URL = f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{NAME}"
 SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 MERGES = 48_894  # CLIP uses the first of those in the file: 2 * 256 bytes + merges + 2 = 49,408
+# How published merges spell bytes, for str.translate of Latin-1 text: what is printable stands
+# for itself, the others, in order, are U+0100 and on.
+SPELLING = {}
+for code in range(256):
+    if code == 32 or not chr(code).isprintable():
+        SPELLING[code] = chr(256 + len(SPELLING))
 
 
 @dataclass
@@ -52,19 +58,15 @@ def read_merges(source):
 def tiktoken_text(merges):
     """Text of the `.tiktoken` file: a token's rank is its id in CLIP.
 
-    merges: lines of two tokens, a printable character a byte (GPT-2's table): the printable
-    ones of Latin-1 stand for themselves, the others, in order, are U+0100 and on. "</w>" marks
-    the end of a word, which is a NUL in our file.
+    merges: lines of two tokens in SPELLING, where "</w>" marks the end of a word, ours a NUL.
     """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(plain))
-    characters = map(chr, [*plain, *range(256, 256 + len(others))])
-    byte_of = dict(zip(characters, plain + others))
-    tokens = [bytes([byte]) for byte in byte_of.values()]  # CLIP numbers bytes in this order
+    byte_of = {ord(character): byte for byte, character in SPELLING.items()}
+    printable_first = sorted(range(256), key=SPELLING.__contains__)  # so CLIP numbers bytes
+    tokens = [bytes([byte]) for byte in printable_first]
     tokens += [token + b"\0" for token in tokens]
     for merge in merges.split("\n")[1:1 + MERGES]:  # the first line names a version
         word = merge.replace(" ", "")
-        token = bytes(map(byte_of.get, word.removesuffix("</w>")))
+        token = word.removesuffix("</w>").translate(byte_of).encode("latin-1")
         if word.endswith("</w>"):
             token += b"\0"
         tokens.append(token)

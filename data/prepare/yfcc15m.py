@@ -11,13 +11,13 @@ each start, words, end, zeros. A caption is decoded and encoded again, and count
 differ. A file of which more than a tenth is skipped or differs fails. It takes `pip install
 huggingface_hub pyarrow` and, in TARGET/fetched, 0.75 GB of scratch a process.
 """
-import functools
 import importlib.util
 import json
 import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from data.log import Progress, run_main
 from data.prepare.captions import parquet_rows
 from data.prepare.hub import dataset_name, fetch_file, list_files
 from data.prepare.own import shrink
-from data.prepare.tars import in_order, write_tar
+from data.prepare.tars import in_order, shard_members, write_tar
 from data.text import Tokenizer
 
 CONTEXT = 77                     # ids a caption
@@ -40,9 +40,6 @@ class Config:
     vocabulary: str = "data/clip.tiktoken"  # CLIP's, by data.prepare.vocabulary
     files: int = 0                          # only the first so many, to try it out; 0: all
     workers: int = min(8, os.cpu_count())   # processes
-
-
-tokenizer_of = functools.cache(Tokenizer)  # one a process: building CLIP's takes a second
 
 
 def read_caption(ids, tokenizer):
@@ -87,28 +84,20 @@ def read_captions(ids, tokenizer, counts):
     return captions
 
 
-def read_rows(path):
-    """Yield (image bytes, list of ids) of a parquet file."""
-    for row in parquet_rows(path):
+def read_samples(path, name, tokenizer, counts, skipped):
+    """Yield write_shards' samples of a parquet file; fill counts and {reason: [row numbers]}."""
+    for number, row in enumerate(parquet_rows(path)):
         if not {"images", "texts"} <= row.keys():
             raise ValueError(f"columns are {', '.join(row)}, must be images and texts")
-        yield row["images"], row["texts"]
-
-
-def members(rows, name, tokenizer, counts, skipped):
-    """Yield a tar's members from (bytes, ids) rows; fill counts and {reason: [row numbers]}."""
-    for number, (image, ids) in enumerate(rows):
         counts["rows"] += 1
         try:
-            captions = read_captions(ids, tokenizer, counts)
-            kind, data = shrink(image or b"", short_side=256, quality=90)
+            captions = read_captions(row["texts"], tokenizer, counts)
+            kind, data = shrink(row["images"], short_side=256, quality=90)
         except ValueError as error:  # BadImage is one
             skipped.setdefault(str(error), []).append(number)
             continue
         counts["pairs"] += 1
-        key = f"{name.replace('.', '_')}_{number:06d}"
-        yield f"{key}.{kind}", data
-        yield f"{key}.txt", "".join(f"{caption}\n" for caption in captions).encode()
+        yield f"{name.replace('.', '_')}_{number:06d}", kind, data, captions
     bad = counts["rows"] - counts["pairs"] + counts[DIFFERENT]
     if bad > MAX_BAD * counts["rows"]:  # raised here, the tar never appears
         reasons = {reason: len(numbers) for reason, numbers in skipped.items()}
@@ -116,7 +105,7 @@ def members(rows, name, tokenizer, counts, skipped):
                          f"{counts[DIFFERENT]} {DIFFERENT}; is the vocabulary CLIP's?")
 
 
-def convert_file(file, fetch, target, vocabulary):
+def convert_file(file, fetch, target, tokenizer):
     """One parquet file, which fetch makes a local Path of -> target/NAME.tar, done/NAME.json.
 
     Returns None, or what went wrong as a str: other files can still be converted.
@@ -124,8 +113,8 @@ def convert_file(file, fetch, target, vocabulary):
     name, counts, skipped, path = Path(file).stem, Counter(), {}, None
     try:
         path = fetch(file)
-        found = members(read_rows(path), name, tokenizer_of(vocabulary), counts, skipped)
-        write_tar(target / f"{name}.tar", found)
+        samples = read_samples(path, name, tokenizer, counts, skipped)
+        write_tar(target / f"{name}.tar", shard_members(samples))
     except (ValueError, OSError) as error:  # OSError: a truncated parquet file, or a full disk
         return f"{name}: {error}"
     finally:
@@ -144,25 +133,12 @@ def find_sources(source, scratch):
         name = dataset_name(source)
         commit, sizes = list_files(name)
         files = [path for path in sizes if path.endswith(".parquet")]
-        fetch = functools.partial(fetch_file, name, commit, folder=scratch, progress=False)
+        fetch = partial(fetch_file, name, commit, folder=scratch, progress=False)
     names = {Path(file).stem for file in files}
     if not files or len(names) < len(files):
         raise ValueError(f"{source}: needs .parquet files, each of another name, as shards are "
                          f"named after them; has {len(files)} files of {len(names)} names")
     return sorted(files, key=lambda file: Path(file).stem), fetch
-
-
-def sum_up(target):
-    """Add up target/done/*.json, write target/report.json and return it."""
-    total = Counter()
-    for path in sorted((target / "done").glob("*.json")):
-        done = json.loads(path.read_text())
-        total["files"] += 1
-        for reason, numbers in done.pop("skipped").items():
-            total[f"skipped: {reason}"] += len(numbers)
-        total.update(done)
-    (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
-    return total
 
 
 def main(argv=None):
@@ -171,10 +147,11 @@ def main(argv=None):
         raise ValueError("write: python -m data.prepare.yfcc15m SOURCE TARGET [--key=value]")
     if not importlib.util.find_spec("pyarrow"):
         raise ValueError("parquet files are read by pyarrow: pip install pyarrow")
-    Tokenizer(config.vocabulary)  # a wrong path shows now, not in each process
+    tokenizer = Tokenizer(config.vocabulary)
     target = Path(others[1])
     files, fetch = find_sources(others[0], target / "fetched")
-    files = files[:config.files or None]
+    if config.files:
+        files = files[:config.files]
     (target / "done").mkdir(parents=True, exist_ok=True)
     for stale in target.glob("*.tar.*.tmp"):  # of a run that was killed
         stale.unlink()
@@ -183,15 +160,22 @@ def main(argv=None):
 
     failed = []
     progress = Progress("files", len(files), "files", done=len(files) - len(todo))
-    convert = functools.partial(convert_file, fetch=fetch, target=target,
-                                vocabulary=config.vocabulary)
+    convert = partial(convert_file, fetch=fetch, target=target, tokenizer=tokenizer)
     for problem in in_order(convert, todo, config.workers):
         if problem:
             failed.append(problem)
             print(problem, flush=True)
         progress.add()
 
-    for key, number in sum_up(target).items():
+    total = Counter()
+    for path in sorted((target / "done").glob("*.json")):
+        counts = json.loads(path.read_text())
+        total["files"] += 1
+        for reason, numbers in counts.pop("skipped").items():
+            total[f"skipped: {reason}"] += len(numbers)
+        total.update(counts)
+    (target / "report.json").write_text(json.dumps(total, indent=2) + "\n")
+    for key, number in total.items():
         print(f"{number:>14,}  {key}")
     if failed:
         raise ValueError(f"{len(failed)} of {len(files)} files failed, the first: {failed[0]}; "
