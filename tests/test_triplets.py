@@ -672,6 +672,37 @@ def test_the_side_with_more_votes_is_near_and_ties_are_left_out(tmp_path):
         assert numbered(read(tmp_path / "out.csv")) == expected
 
 
+def test_all_triplets_can_be_of_one_split(tmp_path):
+    listed(tmp_path, 3)
+    (tmp_path / "l.txt").write_text("0 1 2\n1 2 0\n")
+    convert("list", tmp_path / "l.txt", tmp_path / "out.csv", "--pictures=images/{}.png",
+            "--split=val")
+    assert [row["split"] for row in read(tmp_path / "out.csv")] == ["val", "val"]
+
+
+def test_a_draw_is_of_so_many_distinct_triplets_in_their_order_by_the_seed(tmp_path):
+    listed(tmp_path, 40)
+    found = [[i, (i + 1) % 40, (i + 2) % 40] for i in range(40)]
+    lines = [f"{a} {b} {c}\n" for a, b, c in found]
+    (tmp_path / "l.txt").write_text("".join(lines))
+    drawn = []
+    for options in (["--most=15"], ["--most=15", "--seed=1"], ["--most=41"]):
+        convert("list", tmp_path / "l.txt", tmp_path / "out.csv", "--pictures=images/{}.png",
+                "--split=test", *options)
+        drawn.append(numbered(read(tmp_path / "out.csv")))
+    assert len(drawn[0]) == len(drawn[1]) == 15
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == [triplet for triplet in found if triplet in drawn[0]]
+    assert drawn[2] == found
+
+
+def test_a_lead_that_no_triplet_has_is_said(tmp_path):
+    listed(tmp_path, 3)
+    path = write(tmp_path, [[0, 1, 2, 3, 1]], ["ref", "a", "b", "votes_a", "votes_b"], "v.csv")
+    with pytest.raises(ValueError, match="v.csv: holds no triplets; --lead=4 may be too high"):
+        convert("votes", path, tmp_path / "out.csv", "--pictures=images/{}.png", "--lead=4")
+
+
 def test_a_file_of_the_users_is_not_written_over(tmp_path):
     found = things(tmp_path, [[i, (i + 1) % 5, (i + 2) % 5] for i in range(5)])
     (tmp_path / "out.csv").write_text("mine\n")
@@ -691,7 +722,7 @@ def test_text_that_is_no_utf_8_names_its_file(tmp_path):
     ("list", "0 1 2\n0 1\n", "s.txt, row 2: 2 words, where 3 separated by spaces are needed"),
     ("list", "0 1 7\n", "s.txt, row 1: no file 'images/7.png' in"),
     ("list", "0 1 ../x\n", "s.txt, row 1, column 'path': 'images/../x.png' must be a path"),
-    ("list", "", "too few anchors"),
+    ("list", "", "s.txt: holds no triplets"),
     ("ratings", "rater,i,j\na,0,1\n", "row 1, column 'rating': found 0 times"),
     ("ratings", "rater,i,j,rating\na,0,1,high\n", "row 2, column 'rating': 'high' must be a num"),
     ("votes", "ref,a,b,votes_a,votes_b\n0,1,2,3,nan\n", "row 2, column 'votes_b': 'nan' must be"),

@@ -11,8 +11,9 @@ TRIPLETS: THINGS' trainset.txt, three numbers a line of which the third is the o
 CSV with the columns anchor_idx,positive_idx,negative_idx. IMAGES.txt: one path a line. The last
 three find pictures by their names, as in --pictures=images/{}.jpg. Paths are relative to the
 folder of OUT.csv. Anchors are dealt 80/10/10 to train, val and test; with --disjoint=True all
-pictures are, and triplets across splits are left out. `mix` keeps the splits of its files, and
-takes as many triplets of each as the smallest has, split by split; OUT.csv lies above them all.
+pictures are, and triplets across splits are left out; with --split=test all triplets are for
+test. --most=6000 draws that many first. `mix` keeps the splits of its files, and takes as many
+triplets of each as the smallest has, split by split; OUT.csv lies above them all.
 """
 import csv
 import itertools
@@ -36,6 +37,8 @@ WORDS = {"things": 4, "rdm": 4, "list": 3, "ratings": 3, "votes": 3}  # of a com
 class Config:
     seed: int = 0              # of the draws, the sides and the splits
     disjoint: bool = False     # leave triplets out whose pictures are of different splits
+    split: str = ""            # train, val or test: of all triplets; "": anchors are dealt
+    most: int = 0              # draw this many of the triplets; 0: take all
     first: int = -1            # things: number of the list's first image, 0 or 1; -1: find out
     similarity: bool = False   # rdm: the matrix holds similarities s, of which 1 - s is taken
     per_anchor: int = 50       # rdm: triplets of each image
@@ -43,7 +46,7 @@ class Config:
     lead: float = 1.0          # ratings, votes: by how much the near one must be ahead
 
     def check(self):
-        check_ranges(self, first=(-1, 0, 1), not_negative=("seed",),
+        check_ranges(self, first=(-1, 0, 1), split=("", *SPLITS), not_negative=("seed", "most"),
                      positive=("per_anchor", "lead"))
 
 
@@ -256,7 +259,10 @@ def write_triplets(out_csv, found, names, source, config):
     dealt = []
     for anchor, near, far, _ in found:
         dealt += [anchor, near, far] if config.disjoint else [anchor]
-    splits = deal_splits(dealt, config.seed)
+    if config.split:
+        splits = dict.fromkeys(dealt, config.split)
+    else:
+        splits = deal_splits(dealt, config.seed)
     # Sides must say nothing: a tower cannot see them, but other readers of the file may.
     sides = np.random.default_rng([config.seed, 1]).integers(2, size=len(found))
     counts = dict.fromkeys(SPLITS, 0)
@@ -268,7 +274,7 @@ def write_triplets(out_csv, found, names, source, config):
         left, right = (far, near) if side else (near, far)
         lines.append([names[anchor], names[left], names[right], side, split])
         counts[split] += 1
-    if not all(counts.values()):
+    if not config.split and not all(counts.values()):
         raise ValueError(f"{out_csv}: too few anchors or pictures to split them in train, val "
                          f"and test: {counts}")
     write_csv(out_csv, lines)
@@ -338,6 +344,15 @@ def check_pictures(out_csv, found, names, source):
             checked.add(number)
 
 
+def draw(found, most, seed):
+    """`most` of the triplets, drawn by the seed, in their order; all if 0 or if there are fewer."""
+    if most == 0:
+        return found
+    order = np.random.default_rng([seed, 3]).permutation(len(found))
+    chosen = np.sort(order[:most])
+    return [found[i] for i in chosen]
+
+
 def convert(words, config):
     """(triplets that a split has, how many were left out) of a command that reads one source."""
     kind, source, out_csv = words[0], words[1], words[-1]
@@ -355,6 +370,9 @@ def convert(words, config):
         else:
             found = read_votes(source, config.lead)
         names, found = number_pictures(found, config.pictures)
+    if not found:
+        raise ValueError(f"{source}: holds no triplets; --lead={config.lead:g} may be too high")
+    found = draw(found, config.most, config.seed)
     counts = write_triplets(out_csv, found, names, source, config)
     return counts, len(found) - sum(counts.values())
 
