@@ -201,13 +201,12 @@ def load_batches(pairs, batches, workers, pin_memory=False):
         torch.set_num_threads(max(1, min(spare, torch.get_num_threads())))
     loader = DataLoader(pairs, batch_sampler=batches, num_workers=workers,
                         pin_memory=pin_memory, collate_fn=as_loaded, worker_init_fn=_in_worker)
-    return _whole_batches(loader, batches)
 
-
-def _whole_batches(loader, batches):
-    parts = iter(loader)
-    for _ in batches.steps:
-        yield [next(parts) for _ in range(batches.parts)]
+    def whole_batches():
+        parts = iter(loader)
+        for _ in batches.steps:
+            yield [next(parts) for _ in range(batches.parts)]
+    return whole_batches()
 
 
 def loader_processes(workers):
@@ -218,10 +217,7 @@ def loader_processes(workers):
 
 
 def loader_line(pairs, batches, workers, needed):
-    """What the loader of a rank can make, timed on 16 pairs, and its shared memory: a line.
-
-    needed: pairs/s that would keep the device busy, None where that is unknown.
-    """
+    """A line: what a rank's loader can make, timed on 16 pairs, of `needed` pairs/s or None."""
     workers = loader_processes(workers)
     epoch = batches.steps.start // batches.steps_per_epoch
     places = [(epoch, position) for position in range(min(16, len(pairs)))]
