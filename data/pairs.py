@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -188,25 +189,47 @@ class PairBatches(Sampler):
 
 
 def load_batches(pairs, batches, workers, pin_memory=False):
-    """Yields each batch that `batches` (PairBatches) names as a list of its parts.
+    """An iterator over the batches of `batches` (PairBatches), each a list of its parts.
 
-    workers: loader processes; -1: the cores of the machine shared by its ranks, less one each.
-    Raises ValueError when what they have ready would not fit in shared memory.
+    workers: see loader_processes; they start with the first batch. Raises ValueError, at once,
+    when what they have ready would not fit in shared memory.
     """
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    if workers < 0:
-        workers = max(1, usable_cores() // local_world - 1)
-    if workers:  # each has two parts ready; the loop holds a batch's
-        check_shared_memory(local_world * (2 * workers + batches.parts + 1),
-                            min(PART, batches.share), pairs.image_size)
+    workers = loader_processes(workers)
+    check_shared_memory(batches, workers, pairs.image_size)
     if workers and not torch.cuda.is_available():  # a core each: the toy's 753 -> 1,041 pairs/s
         spare = usable_cores() - workers
         torch.set_num_threads(max(1, min(spare, torch.get_num_threads())))
-    loader = iter(DataLoader(pairs, batch_sampler=batches, num_workers=workers,
-                             pin_memory=pin_memory, collate_fn=as_loaded,
-                             worker_init_fn=_in_worker))
-    for _ in batches.steps:
-        yield [next(loader) for _ in range(batches.parts)]
+    loader = DataLoader(pairs, batch_sampler=batches, num_workers=workers,
+                        pin_memory=pin_memory, collate_fn=as_loaded, worker_init_fn=_in_worker)
+
+    def whole_batches():
+        parts = iter(loader)
+        for _ in batches.steps:
+            yield [next(parts) for _ in range(batches.parts)]
+    return whole_batches()
+
+
+def loader_processes(workers):
+    """`workers`; for -1 the cores of the machine shared by its ranks, less one each."""
+    if workers >= 0:
+        return workers
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
+def loader_line(pairs, batches, workers, needed):
+    """A line: what a rank's loader can make, timed on 16 pairs, of `needed` pairs/s or None."""
+    workers = loader_processes(workers)
+    epoch = batches.steps.start // batches.steps_per_epoch
+    places = [(epoch, position) for position in range(min(16, len(pairs)))]
+    pairs.__getitems__(places[:1])  # finds the order, which forked processes share, and decoders
+    began = time.perf_counter()
+    pairs.__getitems__(places)
+    rate = len(places) / (time.perf_counter() - began) * max(workers, 1)
+    line = f"loader: {workers} processes a rank, about {rate:,.0f} pairs/s"
+    if needed:
+        line += f" of the {needed:,.0f} that the device can take"
+    need, free = check_shared_memory(batches, workers, pairs.image_size)
+    return f"{line}; {need / 1e9:.1f} of {free / 1e9:.1f} GB of {SHARED_MEMORY}"
 
 
 def join_parts(parts, device):
@@ -241,14 +264,16 @@ def _in_worker(_):
     torch.set_num_threads(1)
 
 
-def check_shared_memory(parts, size, image_size):
-    """Raise ValueError if so many parts of `size` images cannot lie in shared memory.
+def check_shared_memory(batches, workers, image_size):
+    """Bytes of shared memory that the machine's loader processes take, and those free.
 
-    parts: of all ranks of the machine. Tokens add half a percent. A full /dev/shm would kill
-    loader processes without a word.
+    Each has two parts ready; the loop holds a batch's. Tokens add half a percent. Raises
+    ValueError if they do not fit: a full /dev/shm would kill the processes without a word.
     """
-    if not os.path.isdir(SHARED_MEMORY):
-        return
+    if not workers or not os.path.isdir(SHARED_MEMORY):
+        return 0, 0
+    parts = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (2 * workers + batches.parts + 1)
+    size = min(PART, batches.share)
     need = parts * size * 3 * image_size**2
     free = shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
@@ -256,6 +281,7 @@ def check_shared_memory(parts, size, image_size):
             f"loader processes keep {parts} x {size} images in {SHARED_MEMORY}: "
             f"{need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; give the container more "
             "(docker --shm-size), or take fewer workers")
+    return need, free
 
 
 class BadSamples:

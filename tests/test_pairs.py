@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from data.images import Augmentation, augment_batch
 from data.order import epoch_order, sample_rng
 from data.pairs import (BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory, join_parts,
-                        load_batches)
+                        load_batches, loader_line, loader_processes)
 from data.ranks import Ranks, usable_cores
 from data.shards import Shards, index_shards
 from data.prepare.tars import write_shards
@@ -261,23 +261,43 @@ def test_a_resumed_run_goes_on_counting_and_names_nothing_twice(tmp_path):
 def test_too_little_shared_memory_is_an_error_before_workers_start(pairs, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=64 * 2**20)  # docker's default
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    large, small = PairBatches(9999, 256, 0, 1, 0, 1), PairBatches(9999, 16, 0, 1, 0, 1)
     with pytest.raises(ValueError, match="18 x 256 images.* 0.7 GB, and 0.1 GB are free"):
-        check_shared_memory(18, 256, 224)
-    check_shared_memory(18, 16, 224)
+        check_shared_memory(large, 8, 224)
+    assert check_shared_memory(small, 8, 224) == (18 * 16 * 3 * 224**2, 64 * 2**20)
+    assert check_shared_memory(large, 0, 224) == (0, 0)  # loaded in the loop
     monkeypatch.setattr("data.pairs.SHARED_MEMORY", "/nowhere")
-    check_shared_memory(18, 256, 224)
+    assert check_shared_memory(large, 8, 224) == (0, 0)
+
+
+def test_too_little_shared_memory_is_said_before_a_batch_is_asked_for(pairs, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="give the container more"):
+        load_batches(pairs, PairBatches(20, 8, 0, 1, 0, 1), workers=1)
 
 
 @pytest.mark.parametrize("workers, ranks, parts", [(8, 1, 18), (8, 8, 144), (-1, 2, 12)])
-def test_parts_of_all_ranks_of_the_machine_are_counted(pairs, monkeypatch, workers, ranks, parts):
+def test_parts_of_all_ranks_of_the_machine_are_counted(monkeypatch, workers, ranks, parts):
     """Two parts a loader process and a batch's own and one more; -1 shares six cores."""
-    asked = []
-    monkeypatch.setattr("data.pairs.check_shared_memory", lambda *args: asked.append(args))
     monkeypatch.setattr("data.pairs.usable_cores", lambda: 6)
-    monkeypatch.setattr("data.pairs.DataLoader", lambda *args, **kwargs: ())
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    list(load_batches(pairs, PairBatches(20, 16, 0, 1, 0, 0), workers))
-    assert asked == [(parts, 16, 16)]
+    need, _ = check_shared_memory(PairBatches(20, 16, 0, 1, 0, 0), loader_processes(workers), 8)
+    assert need == parts * 16 * 3 * 8**2
+
+
+def test_the_first_line_says_what_the_loader_makes_and_what_is_needed(pairs, monkeypatch):
+    """Of a clock that takes 2 s for the 16 pairs, and of a shared memory of 3 GB."""
+    monkeypatch.setattr("data.pairs.time.perf_counter", iter([10.0, 12.0, 20.0, 22.0]).__next__)
+    usage = shutil.disk_usage("/")._replace(free=3e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    order = PairBatches(20, 8, 0, 1, 5, 9)
+    assert loader_line(pairs, order, 3, 9500) == (
+        "loader: 3 processes a rank, about 24 pairs/s of the 9,500 that the device can take; "
+        "0.0 of 3.0 GB of /dev/shm")
+    assert loader_line(pairs, order, 0, None).startswith(
+        "loader: 0 processes a rank, about 8 pairs/s; 0.0 of")
+    assert pairs.order_of == 2  # the epoch of step 5, at two steps an epoch
 
 
 def test_a_container_has_the_cores_of_its_quota(monkeypatch, tmp_path):

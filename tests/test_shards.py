@@ -147,6 +147,18 @@ def test_on_the_way_out_no_other_job_begins(monkeypatch, first_fails):
     assert 0 < len(begun) <= 3
 
 
+def test_processes_of_an_index_are_not_forked(monkeypatch):
+    """A forked copy of a process with threads, as those of a group of ranks, can hang."""
+    methods = []
+
+    def pool(workers, context):
+        methods.append(context.get_start_method())
+        return ThreadPoolExecutor(workers)
+    monkeypatch.setattr(tars, "ProcessPoolExecutor", pool)
+    assert list(in_order(str, range(3), workers=2)) == ["0", "1", "2"]
+    assert methods == ["spawn"]
+
+
 # ---------------------------------------------------------------- reading tars
 
 @pytest.mark.parametrize("dialect", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
