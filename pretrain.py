@@ -26,7 +26,7 @@ from data.images import Augmentation, Pixels, augment_batch
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       trace_steps, write_record)
 from data.pairs import (BadSamples, BadSteps, HeldOut, PairBatches, Pairs, join_parts,
-                        load_batches, split_rows)
+                        load_batches, loader_line, split_rows)
 from data.pieces import ChunkedLoss, cached_gradient
 from data.ranks import Ranks, need_compiler
 from data.shards import Shards, index_shards
@@ -113,6 +113,8 @@ class Config:
         check_patches(self, SIZES[self.model].patch_size)
         if self.init and self.init_vision:
             raise ValueError(f"init={self.init}: brings its vision tower; drop init_vision")
+        if self.compile:
+            need_compiler()
         newest = os.path.join(self.out_dir, "ckpt.pt")
         if not self.resume and os.path.exists(newest):
             raise ValueError(f"resume=False, but {newest} is there; choose another out_dir")
@@ -275,10 +277,7 @@ def load_run(path, clip, optimizer, data, config):
 
 @torch.no_grad()
 def look(clip, tokenizer, held_out, judged, step, config, ranks):
-    """A log record of held-out pairs, zero-shot sets and judgements; the ranks share the work.
-
-    held_out: HeldOut, or None.  judged: {name: Triplets}.
-    """
+    """A log record of held-out pairs, zero-shot sets, judged {name: Triplets}; on all ranks."""
     figures = {"step": step, "samples": step * config.batch_size}
     how = {"device": clip.logit_scale.device, "dtype": config.dtype, "ranks": ranks}
     clip.eval()
@@ -331,8 +330,6 @@ def main(argv=None):
     ranks, newest = Ranks(), os.path.join(config.out_dir, "ckpt.pt")
     b = ranks.share(config.batch_size)
     micro = config.micro_batch or b
-    if config.compile:
-        need_compiler()
     device = ranks.start()
     resumes = ranks.agree(os.path.exists(newest), f"whether {newest} is there")
 
@@ -361,6 +358,7 @@ def main(argv=None):
         source = f"{newest}, step {step}"
     order = PairBatches(len(pairs), config.batch_size, ranks.rank, ranks.world, step,
                         total_steps)
+    batches = load_batches(pairs, order, config.workers, pin_memory=device.type == "cuda")
     if config.compile:  # in place: names in the state dict stay clean; then DDP around it
         clip.vision.compile()
         clip.text.compile()
@@ -377,6 +375,8 @@ def main(argv=None):
     log = RunLog(config.out_dir, total_steps, step, config.log_to, mute=ranks.rank > 0)
     log.say(f"{len(pairs):,} pairs, {total_steps:,} steps of {config.batch_size:,} on "
             f"{ranks.world} x {device.type}, from {source}{changes}")
+    usual = flops_per_pair(clip.config, text_tokens=17)  # of a caption
+    log.say(loader_line(pairs, order, config.workers, peak and 0.3 * peak / usual))
     if changed:
         log.write({"step": step, "samples": step * config.batch_size, "changed": changed})
     for group in optimizer.param_groups:
@@ -384,7 +384,6 @@ def main(argv=None):
                 f"{sum(p.numel() for p in group['params']):,} parameters")
 
     # ---- 5. the loop; its state is step, the loader, bad_samples and bad_steps
-    batches = load_batches(pairs, order, config.workers, pin_memory=device.type == "cuda")
     bad_samples, bad_steps = BadSamples(config.out_dir, bad), BadSteps(pairs)
     trace = trace_steps(config.out_dir) if config.profile else None
     writer, saving, stop, stopped = ThreadPoolExecutor(1), None, [], False
