@@ -600,6 +600,31 @@ def test_two_ranks_see_the_same_figures_as_one(watched, toy_world):
     assert record == watched[0][-1]
 
 
+def test_views_are_made_once_a_step_also_with_micro_batches(arguments, tmp_path, monkeypatch):
+    """The cached gradient embeds each part twice, and augments it once."""
+    sizes, real = [], pretrain.augment
+
+    def count(images, draws, augmentation):
+        sizes.append(len(images))
+        return real(images, draws, augmentation)
+    monkeypatch.setattr(pretrain, "augment", count)
+    here(arguments(tmp_path, "--batch_size=16", "--micro_batch=4", "--max_steps=3"))
+    assert sizes == [4] * 4 * 3
+
+
+def test_operations_are_counted_for_the_captions_of_the_batch():
+    """Captions of 3 and 7 ids with start and end: 5 in the mean, of 32 that fit."""
+    from model import CLIP, SIZES, flops_per_pair
+    clip = CLIP(SIZES["toy"])
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    tokens[0, 2], tokens[1, 6] = 1023, 1023                       # the end token is the largest
+    rows = {"image": torch.eye(2), "text": torch.eye(2)}
+    config = pretrain.Config(batch_size=2)
+    _, flops = pretrain.step_figures(torch.tensor(1.0), rows, tokens, clip, config, Ranks())
+    assert flops == flops_per_pair(clip.config, 5)
+    assert flops < flops_per_pair(clip.config) / 1.5
+
+
 def test_profile_leaves_a_trace_of_five_steps(arguments, tmp_path):
     here(arguments(tmp_path, "--profile=True", "--max_steps=8"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
