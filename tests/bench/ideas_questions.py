@@ -271,7 +271,14 @@ def last_look(run):
 
 
 def measure(run, arm, data="data/toy/pairs"):
-    """All figures of a finished run: those of its last look, and what else its model can tell."""
+    """All figures of a finished run: those of its last look, and what else its model can tell.
+
+    ValueError for a run that was stopped before its last step.
+    """
+    content = read_checkpoint(f"{run}/ckpt.pt")
+    step = content["samples"] // content["config"]["batch_size"]
+    if step < content["config"]["max_steps"]:
+        raise ValueError(f"{run}: stopped at step {step}; the same command goes on")
     if arm == "tower":
         return {}  # stage 1 alone: it knows no captions
     figures = last_look(run)
