@@ -9,12 +9,15 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import perceptual_init
 import pretrain
 from configs import load_config
+from data.images import Augmentation, draw_augmentation
 from data.pairs import HeldOut
 from data.prepare.toy import CLASSIFICATION, COLORS, REGIONS, SHAPES, lab_to_rgb
+from data.ranks import Ranks
 from data.text import Tokenizer
 from model import CLIP, FORMAT, SIZES, write_checkpoint
 from tests.bench import ideas
@@ -252,7 +255,7 @@ def test_every_command_of_every_arm_is_accepted_by_its_script():
 
 def test_arms_differ_from_their_baseline_in_what_they_are_about():
     """An idea and its baseline have the same steps, batches and data, but where it is the point."""
-    may_differ = {"flip_time", "slip_time", "vitamin_time", "longer_baseline"}
+    may_differ = {"flip_equal", "slip_equal", "vitamin_equal", "longer_baseline"}
     for question in ideas.QUESTIONS:
         arms = [question.baseline[0], question.measured[0]]
         before = question.text.startswith("control") and "plain" in arms
@@ -265,6 +268,33 @@ def test_arms_differ_from_their_baseline_in_what_they_are_about():
             found.append([settings.max_steps, settings.batch_size, settings.data, settings.lr,
                           settings.init, settings.seed])
         assert found[0] == found[1], question
+
+
+def operations(idea, world):
+    """Multiply-adds times 2 of forward and backward on 53 pairs of a toy world."""
+    tokenizer = Tokenizer(world / "vocabulary/toy.tiktoken")
+    recipes = ["configs/toy.py"]
+    if idea:
+        recipes.append(f"configs/ideas/{idea}.py")
+    config, _ = load_config(pretrain.Config, vars(pretrain), recipes, files=0)
+    clip = CLIP(dataclasses.replace(SIZES["toy"], vocab_size=tokenizer.size))
+    pretrain.prepare_model(clip, config)
+    captions = HeldOut(world / "pairs/held_out").captions
+    b = len(captions)
+    draws = draw_augmentation(Augmentation(), np.random.default_rng(0))
+    batch = {"views": torch.randn(b, 3, 32, 32), "tokens": tokenizer(captions, 32),
+             "noise": torch.rand(b, 16), "strong": torch.zeros(b, 2, 3, 32, 32, dtype=torch.uint8),
+             "strong_draws": torch.from_numpy(draws).expand(b, 2, -1)}
+    with FlopCounterMode(display=False) as counter:
+        rows = pretrain.encode(clip, batch, config)
+        pretrain.global_loss(rows, config, Ranks()).backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("idea", ["flip", "slip", "vitamin"])
+def test_equal_operations_are_equal(idea, toy_world):
+    share = operations("", toy_world) / operations(idea, toy_world)
+    assert ideas.EQUAL[f"{idea}_steps"] == pytest.approx(share, rel=0.03)
 
 
 def test_what_an_arm_goes_on_from_is_queued_before_it():
