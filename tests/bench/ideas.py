@@ -117,7 +117,7 @@ def same(idea, text, figure, baseline="plain", arm="", **more):
 CHOICE = "right caption or colours swapped? (50 %)"
 BLIND = "control: the mean picture for each (50 %)"
 SCENE = "which quarter of a scene? (25 %; two have an object)"
-QUESTIONS = [  # the first to run first: ideas that need few runs of their own
+QUESTIONS = [  # in the order of running: ideas first that need few runs of their own
     same("negclip", CHOICE, "colors"),
     same("negclip", BLIND, "colors_blind", chance=50),
     same("negclip", "12 sets", "sets"),
@@ -130,42 +130,39 @@ QUESTIONS = [  # the first to run first: ideas that need few runs of their own
          lower=True),
     same("refine", "12 sets, against plain steps", "sets", "onward"),
     same("flip", "R@1 at equal steps", "recall"),
-    same("alone", "R@1, four groups of 32", "recall"),
-    same("zscl", "VR-LwF's random words, against plain fine-tuning", "sets", "stars",
-         "zscl_words"),
-    same("align", "R@1, half of the captions wrong", "recall", "wrong"),
-    same("momentum", "R@1, half of the captions wrong", "recall", "wrong"),
-    same("hqclip", CHOICE, "colors"),
-    same("hqclip", BLIND, "colors_blind", chance=50),
-    same("hqclip", "`toy_color`", "toy_color"),
-    same("hqclip", "`toy_shape`", "toy_shape"),
-    same("degla", "right caption, after 100 steps from plain (50 %)", "colors",
-         "negclip_after"),
-    same("degla", "12 sets kept, against negclip from there", "sets", "negclip_after"),
-    same("degla", "control: negclip from there against the start", "sets", "plain",
-         "negclip_after"),
-    same("mosaic", "which tile of a mosaic? (25 %)", "tile"),
-    same("mosaic", SCENE, "quarter"),
-    same("mosaic", "control: the mean text for each", "quarter_blind"),
-    same("metaclip", "12 sets on a skewed world", "sets", "skewed"),
-    same("lit", "12 sets: PI's tower locked against a random one", "sets", "lit_random"),
-    same("lit", "12 sets: PI's tower locked against trained on", "sets", "pi"),
-    same("lit", "`toy_shape`: PI's tower locked against random", "toy_shape", "lit_random"),
-    same("lit", "12 sets: PI's tower trained on against plain", "sets", "plain", "pi"),
     same("flip", "R@1 at equal operations", "recall", "plain", "flip_equal"),
-    same("mimetic_init", "12 sets: what does a rule give?", "sets"),
-    same("permuted_init", "12 sets: PI against its tower permuted", "sets", "permuted_init",
-         "pi"),
-    same("permuted_init", "12 sets: permuted against plain", "sets"),
-    same("fdt", "R@1", "recall"),
-    Question("fdt", "codes of a picture, against all 256", (None, 256), ("fdt", "codes"),
-             lower=True),
+    same("alone", "R@1, four groups of 32", "recall"),
     Question("coca", "nats a word, against unigrams", ("coca", "unigrams"), ("coca", "words"),
              lower=True),
     Question("coca", "control: own picture against another's", ("coca", "words_blind"),
              ("coca", "words"), lower=True),
     same("coca", "R@1", "recall"),
-    same("siglip", "R@1 at batch 32", "recall", "batch_32", "siglip_32"),
+    same("fdt", "R@1", "recall"),
+    Question("fdt", "codes of a picture, against all 256", (None, 256), ("fdt", "codes"),
+             lower=True),
+    same("hqclip", CHOICE, "colors"),
+    same("hqclip", BLIND, "colors_blind", chance=50),
+    same("hqclip", "`toy_color`", "toy_color"),
+    same("hqclip", "`toy_shape`", "toy_shape"),
+    same("mosaic", "which tile of a mosaic? (25 %)", "tile"),
+    same("mosaic", SCENE, "quarter"),
+    same("mosaic", "control: the mean text for each", "quarter_blind"),
+    same("mimetic_init", "12 sets: what does a rule give?", "sets"),
+    same("align", "R@1, half of the captions wrong", "recall", "wrong"),
+    same("momentum", "R@1, half of the captions wrong", "recall", "wrong"),
+    same("degla", "right caption, after 100 steps from plain (50 %)", "colors",
+         "negclip_after"),
+    same("degla", "12 sets kept, against negclip from there", "sets", "negclip_after"),
+    same("degla", "control: negclip from there against the start", "sets", "plain",
+         "negclip_after"),
+    same("metaclip", "12 sets on a skewed world", "sets", "skewed"),
+    same("lit", "12 sets: PI's tower locked against a random one", "sets", "lit_random"),
+    same("lit", "12 sets: PI's tower locked against trained on", "sets", "pi"),
+    same("lit", "`toy_shape`: PI's tower locked against random", "toy_shape", "lit_random"),
+    same("lit", "12 sets: PI's tower trained on against plain", "sets", "plain", "pi"),
+    same("permuted_init", "12 sets: PI against its tower permuted", "sets", "permuted_init",
+         "pi"),
+    same("permuted_init", "12 sets: permuted against plain", "sets"),
     same("captions", "R@1: three at once against one of five", "recall", "five_lines"),
     same("captions", "R@1: one of five (LaCLIP) against the same one", "recall", "one_line",
          "five_lines"),
@@ -185,6 +182,9 @@ QUESTIONS = [  # the first to run first: ideas that need few runs of their own
          "vitamin_equal"),
     same("pixpro", "`toy_shape`", "toy_shape"),
     same("pixpro", SCENE, "quarter"),
+    same("zscl", "VR-LwF's random words, against plain fine-tuning", "sets", "stars",
+         "zscl_words"),
+    same("siglip", "R@1 at batch 32", "recall", "batch_32", "siglip_32"),
     same("lit", "R@1: projectors alone against plain steps", "recall", "onward",
          "projectors"),
 ]
@@ -391,7 +391,9 @@ def row(record):
 
 def write_tables(questions, config):
     """OUT/table.md and table.json; returns the Markdown."""
-    records = [answer(question, config) for question in questions]
+    named = list(dict.fromkeys(question.idea for question in questions))
+    by_idea = sorted(questions, key=lambda question: named.index(question.idea))
+    records = [answer(question, config) for question in by_idea]
     header = ["idea", "question", "baseline", "idea's", "difference [95 %]", "verdict"]
     text = table(header, [row(record) for record in records])
     write_text(f"{config.out}/table.md", text + "\n")
