@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import types
 
 import numpy as np
@@ -23,6 +24,8 @@ from model import CLIP, FORMAT, SIZES, write_checkpoint
 from tests.bench import ideas
 from tests.bench import ideas_questions as asked
 from tests.bench import ideas_skewed
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 # ------------------------------------------------------------------------------ evaluators
@@ -306,11 +309,13 @@ def test_what_an_arm_goes_on_from_is_queued_before_it():
     assert ideas.needs("lit") == ["tower"] and ideas.needs("plain") == []
 
 
-def test_every_idea_has_a_question():
-    """rocket is slip with a text side; it has no question of its own."""
+def test_every_idea_of_the_page_has_a_question_and_a_file():
     named = {question.idea for question in ideas.QUESTIONS}
-    files = {path.stem for path in pathlib.Path("configs/ideas").glob("*.py")}
-    assert named == files - {"rocket"}
+    page = (ROOT / "docs/ideas.md").read_text().split("## All ideas")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)
+    assert sorted(listed) == sorted(named)
+    for idea in listed:
+        assert (ROOT / f"configs/ideas/{idea}.py").exists()
 
 
 # ------------------------------------------------------------------------------ the table
@@ -362,6 +367,18 @@ def test_a_question_with_a_missing_seed_is_not_measured_yet(tmp_path):
     question = ideas.same("siglip", "?", "recall")
     record = ideas.answer(question, ideas.Config(out=str(tmp_path)))
     assert ideas.row(record)[2:] == ["", "", "", "not measured yet"]
+
+
+def test_the_table_keeps_an_ideas_questions_together(tmp_path):
+    """A question that runs late stands with its idea; the table is written to both files."""
+    asking = [ideas.same("zscl", "one", "sets"), ideas.same("flip", "two", "sets"),
+              ideas.same("zscl", "three", "sets")]
+    text = ideas.write_tables(asking, ideas.Config(out=str(tmp_path)))
+    asked_in_order = [line.split("|")[2].strip() for line in text.splitlines()[2:]]
+    assert asked_in_order == ["one", "three", "two"]
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    records = json.loads((tmp_path / "table.json").read_text())["answers"]
+    assert [record["text"] for record in records] == asked_in_order
 
 
 def test_a_folder_of_other_steps_is_refused(tmp_path):
