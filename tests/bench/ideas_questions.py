@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from configs.ideas.mosaic import _mosaics, _quarters
+from data.images import Pixels
 from data.pairs import HeldOut
 from data.prepare.toy import (CLASSIFICATION, COLORS, RETRIEVAL, SHAPES, SIDE, draw_scenes,
                               render, with_article)
 from data.shards import Shards
 from data.text import Tokenizer
-from evaluate import Pixels, embed, embed_texts, two_afc
+from evaluate import embed, embed_texts, two_afc
 from model import CLIP, CLIPConfig, load_clip, read_checkpoint
 
 SCENES = 1000  # of each question
@@ -88,7 +89,7 @@ def active_codes(weights):
 # ---------------------------------------------------------------- scenes and their captions
 
 class Pictures:
-    """uint8 (n, 64, 64, 3) as the items of evaluate.Pixels."""
+    """uint8 (n, 64, 64, 3) as the items of data.images.Pixels."""
 
     def __init__(self, arrays):
         self.arrays = arrays
