@@ -277,7 +277,7 @@ def load_run(path, clip, optimizer, data, config):
 
 @torch.no_grad()
 def look(clip, tokenizer, held_out, judged, step, config, ranks):
-    """A log record of held-out pairs, zero-shot sets, judged {name: Triplets}; on all ranks."""
+    """A log record of held-out, zero-shot and judgement figures; the ranks share the work."""
     figures = {"step": step, "samples": step * config.batch_size}
     how = {"device": clip.logit_scale.device, "dtype": config.dtype, "ranks": ranks}
     clip.eval()
@@ -375,7 +375,7 @@ def main(argv=None):
     log = RunLog(config.out_dir, total_steps, step, config.log_to, mute=ranks.rank > 0)
     log.say(f"{len(pairs):,} pairs, {total_steps:,} steps of {config.batch_size:,} on "
             f"{ranks.world} x {device.type}, from {source}{changes}")
-    usual = flops_per_pair(clip.config, text_tokens=17)  # of a caption
+    usual = flops_per_pair(clip.config, text_tokens=17)  # a usual caption's
     log.say(loader_line(pairs, order, config.workers, peak and 0.3 * peak / usual))
     if changed:
         log.write({"step": step, "samples": step * config.batch_size, "changed": changed})

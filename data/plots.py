@@ -24,14 +24,14 @@ def draw_comparison(comparison, path):
     for color, arm in enumerate(arms):
         shift = 0.6 * ((color + 0.5) / len(arms) - 0.5)  # arms of a set lie below each other
         label = arm
-        for height, (_, values) in enumerate(lines):
-            value = values.get(arm, {})
+        for line, (_, values) in enumerate(lines):
+            value, height = values.get(arm, {}), line + shift
             if "delta" not in value:
                 continue
             ends = value["delta_seed_interval"] or value["delta_interval"]
             if ends:
-                axis.plot(100 * np.array(ends), [height + shift] * 2, f"-C{color}")
-            axis.plot(100 * value["delta"], height + shift, f"oC{color}", label=label)
+                axis.plot(100 * np.array(ends), [height, height], f"-C{color}")
+            axis.plot(100 * value["delta"], height, f"oC{color}", label=label)
             label = None  # one entry in the legend
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel=f"difference to {comparison['baseline']}, points", ylim=(len(lines), -1),

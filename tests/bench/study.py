@@ -92,8 +92,11 @@ def run_all(config):
     commands, _ = WORLDS[config.world]
     first, second = [], []
     for arm in config.arms.split(","):
-        waits = "{baseline}" in str(commands[arm]) or "{pi}" in str(commands[arm])
-        (second if waits else first).append(arm)  # these start from what others have finished
+        text = " ".join(commands[arm])
+        if "{baseline}" in text or "{pi}" in text:  # starts from what another arm has finished
+            second.append(arm)
+        else:
+            first.append(arm)
     for group in (first, second):
         pool, jobs = ThreadPoolExecutor(config.processes), []
         for seed in range(config.seeds):
