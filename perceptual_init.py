@@ -12,7 +12,6 @@ B triplets of a batch, b of a micro-batch, n of a split; S image side; E width o
 import math
 import os
 import pathlib
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 
 from data.benchmarks import find_sets
 from data.images import normalise
-from data.log import RunLog, check_resume, in_words, run_main, stop_on_signals, write_record
+from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
+                      write_record)
 from data.ranks import need_compiler
 from data.text import Tokenizer
 from data.triplets import Triplets
@@ -260,15 +260,13 @@ def main(argv=None):
 
     # ---- 5. the loop; its state is `state`, weights and moments
     stop, stopped = stop_on_signals(), False
-    first_step, start_time, waited = state["step"], time.time(), 0.0
-    bad_steps, record = 0, {}  # bad steps in a row; figures of the last step
+    meter, bad_steps, record = Meter(state["step"]), 0, {}  # bad steps in a row; last figures
     loader = ThreadPoolExecutor(1)  # gathers the next batch while this one trains
-    upcoming = loader.submit(train.batch, first_step, config)
+    upcoming = loader.submit(train.batch, state["step"], config)
     while state["step"] < total_steps and not stopped:
         step = state["step"]
-        asked = time.time()
-        batch = upcoming.result()
-        waited += time.time() - asked
+        with meter.waiting():
+            batch = upcoming.result()
         upcoming = loader.submit(train.batch, step + 1, config)
         rate = lr_at(step, total_steps, config)
         for group in optimizer.param_groups:
@@ -294,10 +292,9 @@ def main(argv=None):
         # ---- 6. log, look, save
         record = {}
         if last or step % config.log_every == 0:
-            seconds = time.time() - start_time
+            speed, waited = meter.read(step)
             record |= {"loss": loss, "2afc": score, "lr": rate, "grad_norm": norm,
-                       "data_wait": waited / seconds,
-                       "triplets_per_s": (step - first_step) * config.batch_size / seconds}
+                       "data_wait": waited, "triplets_per_s": speed * config.batch_size}
         if last:
             record |= look(whole, tower, (val, test), config.benchmarks, config, device)
         elif step % steps_per_epoch == 0:
@@ -311,12 +308,11 @@ def main(argv=None):
             save(out / "ckpt.pt", whole, optimizer, state, config)
 
     # ---- 7. the summary
-    minutes = (time.time() - start_time) / 60
-    summary = f"step {state['step']} of {total_steps}, {minutes:.1f} min"
+    gained = []
     for key, before in state["before"].items():
         if key in record:
-            summary += f", {key} {before:.3f} -> {record[key]:.3f}"
-    log.say(summary)
+            gained.append(f"{key} {before:.3f} -> {record[key]:.3f}")
+    log.summary(state["step"], state["step"] * config.batch_size, ", ".join(gained) or "stopped")
 
 
 if __name__ == "__main__":

@@ -158,11 +158,10 @@ def train_image(data, size, augmentation, rng):
         width, height = height, width
     box = crop_box(width, height, augmentation.crop, augmentation.ratio, rng)
     shrunk = _skip_detail(image, min(box[2] - box[0], box[3] - box[1]) / size)
-    left, top, right, bottom = (round(edge / shrunk) for edge in box)
-    pixels = torch.from_numpy(np.array(load_rgb(image)))              # (H, W, 3), maybe shrunk
-    crop = pixels[top:bottom, left:right].permute(2, 0, 1)[None]      # (1, 3, h, w)
+    crop = load_rgb(image).crop([round(edge / shrunk) for edge in box])
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]  # (1, 3, h, w)
     # takes a third of Pillow's time, and differs by at most 2 grey levels
-    return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def crop_box(width, height, area, ratio, rng):
