@@ -14,6 +14,7 @@ or a capital letter, and imported modules, classes and functions, are its own bu
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -157,11 +158,17 @@ def recipe_modules():
     folders |= {file.parent for file in _recipes if file.parent != ROOT}
     found = []
     for module in list(sys.modules.values()):
-        file = Path(getattr(module, "__file__", None) or "none").resolve()
+        file = resolved(getattr(module, "__file__", None) or "none")
         in_folder = file.parent in folders and file.name != "__init__.py"
         if in_folder or file in _recipes:
             found.append(module)
     return found
+
+
+@functools.cache
+def resolved(file):
+    """A module's file without links; a run imports a thousand, and asks for them three times."""
+    return Path(file).resolve()
 
 
 def public_names(module):

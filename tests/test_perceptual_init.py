@@ -398,7 +398,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(arguments, tmp_path):
     assert run.returncode == 0, output
     step = read_checkpoint(tmp_path / "ckpt.pt")["step"]
     assert log_of(tmp_path)[-1]["step"] == step > 0
-    assert f"step {step} of 100000" in output.splitlines()[-1]
+    assert f"step {step} of 100,000" in output.splitlines()[-1]
 
 
 def test_a_finished_run_started_again_changes_nothing(arguments, tmp_path):
