@@ -24,7 +24,7 @@ from torch import nn
 from data.benchmarks import find_sets
 from data.images import Augmentation, Pixels, augment_batch
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
-                      trace_steps, write_record)
+                      write_record)
 from data.pairs import (BadSamples, BadSteps, HeldOut, PairBatches, Pairs, join_parts,
                         load_batches, loader_line, split_rows)
 from data.pieces import ChunkedLoss, cached_gradient
@@ -39,11 +39,11 @@ from model import (CLIP, FORMAT, SIZES, copy_weights, flops_per_pair,
 HOOKS = ("choose_pairs", "pick_caption", "extra_arrays", "augment", "prepare_model", "encode",
          "global_loss", "lr_at", "after_step")
 # What may differ when a run goes on: it does not change what is learnt. The paths of data and
-# vocabulary may change; their content may not. keep_last is a setting of earlier versions.
+# vocabulary may change; their content may not. The last two are settings of earlier versions.
 MAY_CHANGE = {"data", "held_out", "vocabulary", "benchmarks", "judgements", "out_dir",
               "workers", "micro_batch", "compile", "loss_chunk", "recompute", "log_every",
-              "log_to", "profile", "eval_every", "save_every", "keep_last", "keep_at", "resume",
-              "change"}
+              "log_to", "eval_every", "save_every", "keep_at", "resume", "change",
+              "keep_last", "profile"}
 
 
 @dataclasses.dataclass
@@ -95,7 +95,6 @@ class Config:
     # log and files
     log_every: int = 50                   # steps; the only steps at which the host waits
     log_to: str = ""                      # also to "tensorboard" or "wandb"
-    profile: bool = False                 # write a torch trace of steps 3 to 7 to out_dir
     eval_every: int = 0                   # steps between looks at unseen sets; 0: at the end
     save_every: int = 1000                # steps
     keep_at: tuple = ()                   # milestones kept, in samples seen, for scaling curves
@@ -385,7 +384,6 @@ def main(argv=None):
 
     # ---- 5. the loop; its state is step, the loader, bad_samples and bad_steps
     bad_samples, bad_steps = BadSamples(config.out_dir, bad), BadSteps(pairs)
-    trace = trace_steps(config.out_dir) if config.profile else None
     writer, saving, stop, stopped = ThreadPoolExecutor(1), None, [], False
     meter, first_step = Meter(step), step
     while step < total_steps and not stopped:
@@ -446,8 +444,6 @@ def main(argv=None):
                 "weights": clip.state_dict(), "config": dataclasses.asdict(config),
                 "hooks": replaced_functions(), "optimizer": optimizer.state_dict(),
                 "vocabulary": clip.vocabulary}))
-        if trace:
-            trace.step()
     writer.shutdown()
 
     # ---- 7. the summary

@@ -32,6 +32,7 @@ _command_line = {}  # --key=value as text, for given()
 _script = {}  # globals() of the script that runs
 _replaced = {}  # {name: the script's own function} where a recipe has put another
 _recipes = []  # files of the recipes on the command line
+_resolved = functools.cache(os.path.realpath)  # a run has a thousand modules, and asks three times
 
 
 def given(key, default):
@@ -158,17 +159,11 @@ def recipe_modules():
     folders |= {file.parent for file in _recipes if file.parent != ROOT}
     found = []
     for module in list(sys.modules.values()):
-        file = resolved(getattr(module, "__file__", None) or "none")
+        file = Path(_resolved(getattr(module, "__file__", None) or "none"))
         in_folder = file.parent in folders and file.name != "__init__.py"
         if in_folder or file in _recipes:
             found.append(module)
     return found
-
-
-@functools.cache
-def resolved(file):
-    """A module's file without links; a run imports a thousand, and asks for them three times."""
-    return Path(file).resolve()
 
 
 def public_names(module):

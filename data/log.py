@@ -133,16 +133,6 @@ class Meter:
         return figures
 
 
-def trace_steps(out_dir):
-    """A running profiler: steps 3 to 7 go to out_dir/trace.json, for chrome://tracing."""
-    from torch import profiler
-    trace = profiler.profile(
-        schedule=profiler.schedule(wait=1, warmup=1, active=5, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(f"{out_dir}/trace.json"))
-    trace.start()
-    return trace
-
-
 class Progress:
     """Counts units of work and prints "done of total, rate, time left" now and then.
 

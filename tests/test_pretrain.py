@@ -625,8 +625,8 @@ def test_operations_are_counted_for_the_captions_of_the_batch():
     assert flops < flops_per_pair(clip.config) / 1.5
 
 
-def test_profile_leaves_a_trace_of_five_steps(arguments, tmp_path):
-    here(arguments(tmp_path, "--profile=True", "--max_steps=8"))
+def test_the_recipe_that_profiles_leaves_a_trace_of_five_steps(arguments, tmp_path):
+    here(arguments(tmp_path, "configs/trace.py", "--max_steps=8"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 5
 
@@ -877,7 +877,8 @@ def test_a_checkpoint_of_groups_goes_on_with_alone_only(arguments, tmp_path):
     from model import write_checkpoint
     here(arguments(tmp_path, "--max_steps=2"))
     content = read_checkpoint(tmp_path / "ckpt.pt")
-    content["config"] |= {"exact_negatives": False, "keep_last": 1, "overfit": 0}
+    content["config"] |= {"exact_negatives": False, "keep_last": 1, "overfit": 0,
+                          "profile": True}
     del content["hooks"]
     write_checkpoint(tmp_path / "ckpt.pt", content)
     with pytest.raises(ValueError, match="hooks was .*configs.ideas.alone"):
