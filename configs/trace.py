@@ -1,7 +1,11 @@
 """Where does the time go? A torch trace of steps 3 to 7 of any recipe, for chrome://tracing.
 
-    python pretrain.py configs/toy.py configs/trace.py --max_steps=8    # -> out/trace/trace.json
+    python pretrain.py configs/toy.py configs/trace.py --max_steps=8    # -> out/trace/trace_0.json
+
+Each rank writes its own.
 """
+import os
+
 from torch import profiler
 
 from configs import original
@@ -15,7 +19,8 @@ def after_step(clip, step, total_steps, config):
     if _running:
         _running[0].step()
         return
+    file = f"{config.out_dir}/trace_{os.environ.get('RANK', 0)}.json"
     _running.append(profiler.profile(
         schedule=profiler.schedule(wait=0, warmup=1, active=5, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(f"{config.out_dir}/trace.json")))
+        on_trace_ready=lambda done: done.export_chrome_trace(file)))
     _running[0].start()

@@ -627,7 +627,7 @@ def test_operations_are_counted_for_the_captions_of_the_batch():
 
 def test_the_recipe_that_profiles_leaves_a_trace_of_five_steps(arguments, tmp_path):
     here(arguments(tmp_path, "configs/trace.py", "--max_steps=8"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "trace_0.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events) == 5
 
 
