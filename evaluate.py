@@ -10,7 +10,7 @@
 A checkpoint is a file of this project (stage 1: 2AFC and probe), of OpenAI, open_clip or Hugging
 Face, random:SIZE for fresh weights, or a run's folder; NAME=checkpoint names its result. Writes
 to --out: <run>.json with <run>.npz (per-sample hits), comparison.json and .md; for folders
-scaling.*; for --query and --image query.png. A finished set is evaluated again only if the
+scaling.*; with --images query.png. A finished set is evaluated again only if the
 checkpoint, the set or the precision changed. Several seeds of an arm: python -m data.results.
 
 The protocol is CLIP_benchmark's. Letters: n samples, C classes, T prompts a class, m captions,

@@ -4,7 +4,7 @@
     clip = load_clip("ViT-B-32.pt")              # ours, OpenAI's, open_clip's, Hugging Face's
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"
-(arXiv 2103.00020). Letters in the shape comments of every file:
+(arXiv 2103.00020). Letters in the shape comments, where a file does not name its own:
 
     B batch          N vision tokens (1 + patches)   D width of a tower   E embedding
     S image side     L text tokens (at most 77)      H heads              d = D / H
@@ -108,7 +108,7 @@ class Block(nn.Module):
         """The same for one token of each sequence: token (B, 1, D), all x (..., D) -> (B, D).
 
         A tower is read at a single token, so its last block needs keys and values of all tokens
-        but one query a sequence: a twelfth less work in ViT-B-32's towers.
+        but one query a sequence: 7 % less work in ViT-B-32's towers.
         """
         width, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
         q = F.linear(self.ln_1(token), weight[:width], bias[:width])  # (B, 1, D)

@@ -56,7 +56,7 @@ class Config:
     judgements: str = ""                  # sets of judgements to watch, as evaluate.py has them
     out_dir: str = "out/yfcc"
     workers: int = -1                     # loader processes of each rank; 0 loads in the loop,
-                                          # -1: the cores of the machine, shared by its ranks
+                                          # -1: the machine's cores / its ranks, less 1
     # model
     model: str = "ViT-B-32"               # a key of model.SIZES
     image_size: int = 224                 # pixels

@@ -1,8 +1,9 @@
-"""Where does the time go? A torch trace of steps 3 to 7 of any recipe, for chrome://tracing.
+"""Where does the time go? A torch trace of steps 3 to 7 of pretrain.py, for chrome://tracing.
 
     python pretrain.py configs/toy.py configs/trace.py --max_steps=8    # -> out/trace/trace_0.json
 
-Each rank writes its own.
+Each rank writes its own. It replaces after_step, so it does not go with an idea that does. Another
+trace needs another out_dir: this run has reached its end.
 """
 import os
 

@@ -7,7 +7,9 @@
     pairs.py       image-caption batches whose content depends on (seed, epoch, step) alone
     triplets.py    human judgements: is the left or the right image nearer to the reference?
     benchmarks.py  zero-shot and retrieval sets, and the table of rows to fill
+    judgements.py  sets of judgements as rows of an evaluation
     results.py     result files, and what can be said of two or more runs
+    plots.py       pictures of what results.py compares
     log.py         log.jsonl, the terminal's line, progress, a run's record
     ranks.py       which process of a run this is, and what the processes tell each other
     pieces.py      a training step in pieces: micro-batches, and chunks of the loss

@@ -51,7 +51,7 @@ def read_image(path):
 def look(paths, open_model, config):
     """Draw what each checkpoint finds nearest to --query or --image: <out>/query.png.
 
-    With --labels print instead what each makes of the image.
+    With --labels print what each makes of the image; without --images nothing is drawn.
     paths: {name: checkpoint}.  open_model(path) -> evaluate.Model.
     """
     asked = read_image(config.image) if config.image else None

@@ -243,6 +243,14 @@ def test_a_stopped_run_is_not_measured(toy_world, tmp_path):
         asked.measure(tmp_path, "align")
 
 
+@pytest.mark.parametrize("arm", ["tower", "pictures_tower"])
+def test_a_tower_of_stage_1_is_measured_by_what_starts_from_it(tmp_path, arm):
+    write_checkpoint(tmp_path / "ckpt.pt", {
+        "format": FORMAT, "kind": "vision", "samples": 256,
+        "config": {"max_steps": 2, "batch_size": 128}})
+    assert asked.measure(tmp_path, arm) == {}
+
+
 # ------------------------------------------------------------------------------ arms
 
 

@@ -81,6 +81,7 @@ ARMS = {
     # a step costs more or less: at equal steps, and at the plain run's operations
     "slip": [IDEA + "slip.py"],
     "slip_equal": [IDEA + "slip.py --max_steps={slip_steps}"],
+    "rocket": [IDEA + "rocket.py"],
     "vitamin": [IDEA + "vitamin.py"],
     "vitamin_equal": [IDEA + "vitamin.py --max_steps={vitamin_steps}"],
     "flip": [IDEA + "flip.py"],
@@ -176,6 +177,8 @@ QUESTIONS = [  # in the order of running: ideas first that need few runs of thei
          "pi"),
     same("slip", "`toy_shape` at equal steps", "toy_shape"),
     same("slip", "`toy_shape` at equal operations", "toy_shape", "plain", "slip_equal"),
+    same("rocket", "`toy_shape` at equal steps", "toy_shape"),
+    same("rocket", "`toy_shape`, against slip", "toy_shape", "slip"),
     same("vitamin", "`toy_shape` at equal steps", "toy_shape"),
     same("vitamin", "`toy_shape` at equal operations", "toy_shape", "plain", "vitamin_equal"),
     same("vitamin", "`toy_shape_outline` at equal operations", "toy_shape_outline", "plain",

@@ -280,7 +280,7 @@ def measure(run, arm, data="data/toy/pairs"):
     step = content["samples"] // content["config"]["batch_size"]
     if step < content["config"]["max_steps"]:
         raise ValueError(f"{run}: stopped at step {step}; the same command goes on")
-    if arm == "tower":
+    if content["kind"] == "vision":
         return {}  # stage 1 alone: it knows no captions
     figures = last_look(run)
     held_out = HeldOut(f"{data}/held_out")
