@@ -9,11 +9,12 @@
 
 TRIPLETS: THINGS' trainset.txt, three numbers a line of which the third is the odd one out; or a
 CSV with the columns anchor_idx,positive_idx,negative_idx. IMAGES.txt: one path a line. list,
-ratings and votes find pictures by their names, as in --pictures=images/{}.jpg. Paths are relative
-to the folder of OUT.csv. Anchors are dealt 80/10/10 to train, val and test; with --disjoint=True all
-pictures are, and triplets across splits are left out; --split=test puts every triplet into test.
---most=6000 first draws 6,000 of the triplets. `mix` keeps the splits of its files, and takes as many
-triplets of each as the smallest has, split by split; OUT.csv lies above them all.
+ratings and votes find pictures by their names, as in --pictures=images/{}.jpg. Paths are
+relative to the folder of OUT.csv. Anchors are dealt 80/10/10 to train, val and test; with
+--disjoint=True all pictures are, and triplets across splits are left out; --split=test puts
+every triplet into test. --most=6000 first draws 6,000 of the triplets. `mix` keeps the splits of
+its files, and takes as many triplets of each as the smallest has, split by split; OUT.csv lies
+above them all.
 """
 import csv
 import itertools
