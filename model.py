@@ -382,7 +382,7 @@ def weights_checksum(weights):
     return digest.hexdigest()[:16]
 
 
-def load_clip(path, device="cpu", quick_gelu=None):
+def load_clip(path, quick_gelu=None):
     """A CLIP in eval mode: our file, OpenAI's, open_clip's, or Hugging Face's file or folder.
 
     Its GELU is the quick one in OpenAI's files, else as the config beside a foreign file says,
@@ -391,15 +391,15 @@ def load_clip(path, device="cpu", quick_gelu=None):
     clip = load(path, quick_gelu)
     if isinstance(clip, VisionTower):
         raise ValueError(f"{path}: a vision tower alone (stage 1); a whole CLIP is needed here")
-    return clip.to(device)
+    return clip
 
 
-def load_vision(path, device="cpu", quick_gelu=None):
+def load_vision(path, quick_gelu=None):
     """The vision tower, in eval mode, of a stage-1 checkpoint or of a CLIP; see load_clip."""
     module = load(path, quick_gelu)
     vision = module if isinstance(module, VisionTower) else module.vision
     vision.info = module.info
-    return vision.to(device)
+    return vision
 
 
 def load(path, quick_gelu=None):
@@ -437,6 +437,8 @@ def copy_weights(path, module, quick_gelu=None):
         of_text = field.startswith(("text", "vocab", "context"))
         if theirs != ours and (whole or not of_text):
             raise ValueError(f"{path}: its {field} is {theirs}, this run's {ours}")
+    if whole and source.vocabulary and module.vocabulary not in (None, source.vocabulary):
+        raise ValueError(f"{path}: its vocabulary is not this run's")
     weights = source.state_dict()
     module.load_state_dict(weights)
     return f"{path}: {len(weights)} tensors, checksum {weights_checksum(weights)}"

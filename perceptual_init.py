@@ -15,7 +15,8 @@ import pathlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from configs import check_patches, check_ranges, load_config  # before torch: see there
+from configs import (check_patches, check_ranges, load_config,  # before torch: see there
+                     replaced_functions)
 import torch
 import torch.nn.functional as F
 
@@ -184,7 +185,7 @@ def save(path, whole, optimizer, state, config):
     content = {"format": FORMAT, "kind": "vision", "model": asdict(whole.config),
                "weights": whole.state_dict(), "optimizer": optimizer.state_dict(),
                "samples": state["step"] * config.batch_size, "vocabulary": None,
-               "config": asdict(config)}
+               "config": asdict(config), "hooks": replaced_functions()}
     if config.init:  # a CLIP's samples are the pairs that it has seen, as before
         content["kind"] = "clip"
         content["samples"] = whole.info["samples"]
@@ -198,9 +199,10 @@ def save(path, whole, optimizer, state, config):
 
 def load_run(path, whole, optimizer, state, config):
     """Put the run saved at `path` back; returns its state, and {setting: (old, new)}."""
-    saved = read_checkpoint(path)
-    changed = check_resume(saved["config"] | {"triplets": saved["data"]},
-                           asdict(config) | {"triplets": state["data"]},
+    saved, hooks = read_checkpoint(path), replaced_functions()
+    before = {"triplets": saved["data"], "hooks": saved.get("hooks", hooks)}
+    changed = check_resume(saved["config"] | before,
+                           asdict(config) | {"triplets": state["data"], "hooks": hooks},
                            may_change=("data", "out_dir", "benchmarks", "micro_batch", "compile",
                                        "log_every", "save_every", "resume", "change"),
                            change=config.change)
@@ -308,11 +310,10 @@ def main(argv=None):
             save(out / "ckpt.pt", whole, optimizer, state, config)
 
     # ---- 7. the summary
-    gained = []
-    for key, before in state["before"].items():
-        if key in record:
-            gained.append(f"{key} {before:.3f} -> {record[key]:.3f}")
-    log.summary(state["step"], state["step"] * config.batch_size, ", ".join(gained) or "stopped")
+    gained = [f"{name} {before:.3f} -> {record[name]:.3f}"
+              for name, before in state["before"].items() if name in record]
+    said = ", ".join(gained) or ("stopped" if stopped else "was complete")
+    log.summary(state["step"], state["step"] * config.batch_size, said)
 
 
 if __name__ == "__main__":

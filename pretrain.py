@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.benchmarks import find_sets
+from data.benchmarks import open_sets
 from data.images import Augmentation, Pixels, augment_batch
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       write_record)
@@ -108,7 +108,7 @@ class Config:
             positive=("image_size", "context_length", "batch_size", "epochs", "lr", "eps",
                       "log_every", "save_every"),
             not_negative=("micro_batch", "loss_chunk", "max_steps", "min_lr", "warmup_steps",
-                          "weight_decay", "grad_clip", "eval_every"))
+                          "weight_decay", "grad_clip", "eval_every", "seed"))
         check_patches(self, SIZES[self.model].patch_size)
         if self.init and self.init_vision:
             raise ValueError(f"init={self.init}: brings its vision tower; drop init_vision")
@@ -259,6 +259,9 @@ def build(config, tokenizer):
 def load_run(path, clip, optimizer, data, config):
     """Put the run saved at `path` back; returns (step, bad counts, {setting: (old, new)})."""
     saved = read_checkpoint(path)
+    if saved["kind"] != "clip" or saved["optimizer"] is None:
+        raise ValueError(f"{path}: a tower of stage 1, or a milestone, from which no run can go "
+                         "on; choose another out_dir")
     if not saved["config"].pop("exact_negatives", True):  # settings of earlier versions
         saved["hooks"] = {"global_loss": "configs.ideas.alone"}
     if saved["config"].get("overfit") == 0:
@@ -275,7 +278,7 @@ def load_run(path, clip, optimizer, data, config):
 
 
 @torch.no_grad()
-def look(clip, tokenizer, held_out, judged, step, config, ranks):
+def look(clip, tokenizer, held_out, sets, judged, step, config, ranks):
     """A log record of held-out, zero-shot and judgement figures; the ranks share the work."""
     figures = {"step": step, "samples": step * config.batch_size}
     how = {"device": clip.logit_scale.device, "dtype": config.dtype, "ranks": ranks}
@@ -290,9 +293,8 @@ def look(clip, tokenizer, held_out, judged, step, config, ranks):
                 contrastive_loss, 1024, image, text, image, text, scale, 0).item()
             recalls, _ = retrieve(image, text, torch.arange(len(image)))
             figures |= {f"val_{name}": value for name, value in recalls.items()}
-        sets = find_sets(config.benchmarks) if config.benchmarks else {}
-        for name, folder in sets.items():
-            task = evaluate_set(clip, tokenizer, folder, dtype=config.dtype, ranks=ranks)[name]
+        for name, one in sets.items():
+            task = evaluate_set(clip, tokenizer, one, dtype=config.dtype, ranks=ranks)[name]
             figures[f"zero_shot/{name}"] = task["metrics"][task["main"]]
         for name, triplets in judged.items():
             sides = embed_triplets(clip.encode_image, triplets, config.image_size, **how)
@@ -326,6 +328,9 @@ def save(names, config, content):
 def main(argv=None):
     # ---- 1. settings and ranks
     config, _ = load_config(Config, globals(), argv, files=0)
+    augmentation = Augmentation(config.crop, flip=config.flip, jitter=config.jitter,
+                                jitter_p=config.jitter_p, grey_p=config.grey_p,
+                                blur_p=config.blur_p, blur_sigma=config.blur_sigma)
     ranks, newest = Ranks(), os.path.join(config.out_dir, "ckpt.pt")
     b = ranks.share(config.batch_size)
     micro = config.micro_batch or b
@@ -337,14 +342,12 @@ def main(argv=None):
     with ranks.first_alone():
         index_shards(config.data, tokenizer)
         held_out = HeldOut(config.held_out) if config.held_out else None
+    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
     judged = {}
     if config.judgements:
         from data.judgements import open_judgements  # for those who watch them only
         judged = open_judgements(config.judgements, min_votes=6)
     shards = Shards(config.data, tokenizer)
-    augmentation = Augmentation(config.crop, flip=config.flip, jitter=config.jitter,
-                                jitter_p=config.jitter_p, grey_p=config.grey_p,
-                                blur_p=config.blur_p, blur_sigma=config.blur_sigma)
     pairs = Pairs(shards, tokenizer, config, augmentation, pick_caption, extra_arrays,
                   choose_pairs(shards, config))
     total_steps = config.max_steps or config.epochs * (len(pairs) // config.batch_size)
@@ -426,8 +429,8 @@ def main(argv=None):
                 "data_wait": waited, "utilisation": peak and
                 rate * config.batch_size * flops / (peak * ranks.world)})
         looks = last or config.eval_every and step % config.eval_every == 0
-        if looks and (held_out or config.benchmarks or judged):
-            log.write(look(clip, tokenizer, held_out, judged, step, config, ranks))
+        if looks and (held_out or sets or judged):
+            log.write(look(clip, tokenizer, held_out, sets, judged, step, config, ranks))
         names = []
         if any(0 <= samples - at < config.batch_size for at in config.keep_at):
             names.append(f"samples_{samples:012d}.pt")

@@ -37,8 +37,10 @@ _resolved = functools.cache(os.path.realpath)  # a run has a thousand modules, a
 
 def given(key, default):
     """The value of --key=... on the command line, else `default`; for recipes that branch."""
-    text = _command_line.get(key)
-    return default if text is None else parse(text, type(default))
+    if key not in _command_line:
+        return default
+    text = _command_line[key]
+    return True if text is None else parse(text, type(default))
 
 
 def original(name):
@@ -141,12 +143,13 @@ def import_recipe(path):
         raise FileNotFoundError(f"{path}: no such recipe{hint}")
     file = Path(path).resolve()
     _recipes.append(file)
-    if file.is_relative_to(ROOT):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    else:
-        name = file.stem
-        if str(file.parent) not in sys.path:
-            sys.path.append(str(file.parent))
+    inside = file.is_relative_to(ROOT)
+    parts = (file.relative_to(ROOT) if inside else Path(file.name)).with_suffix("").parts
+    if any("." in part for part in parts):
+        raise ValueError(f"{path}: Python imports no name with a dot in it; rename it")
+    name = ".".join(parts)
+    if not inside and str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
     module = importlib.import_module(name)
     if Path(module.__file__).resolve() != file:
         raise ValueError(f"{path}: {name} is also the name of {module.__file__}; rename it")
@@ -270,7 +273,7 @@ def check_ranges(config, positive=(), not_negative=(), **choices):
     for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f"; did you mean {near[0]}?" if near and near[0] else ""
+            near = difflib.get_close_matches(str(value), map(str, allowed), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             words = ", ".join(map(repr, allowed))
             raise ValueError(f"{name}={value!r}: must be one of {words}{hint}")

@@ -29,7 +29,6 @@ class Row(typing.NamedTuple):
     n: int           # test images as published; 0: in neither home
     classes: int     # 0: retrieval
     main: str        # the metric that stands for the row in family means
-    templates: int   # clip-benchmark has 6 for SVHN, and its published figures are with those
     published: tuple  # OpenAI ViT-B/32, %: acc1, acc5; to image @1 @5 and to text @1 @5
     lists: tuple = ()  # which of the two lists of LISTS have it
 
@@ -42,8 +41,8 @@ def read_rows():
             figures = line["published"].split("/")
             published = tuple(None if text == "-" else float(text) for text in figures)
             rows.append(Row(line["title"], line["family"], tuple(line["sets"].split()),
-                            int(line["n"]), int(line["classes"]), line["main"],
-                            int(line["templates"]), published, tuple(line["lists"].split())))
+                            int(line["n"]), int(line["classes"]), line["main"], published,
+                            tuple(line["lists"].split())))
     return rows
 
 

@@ -48,13 +48,19 @@ class Augmentation:
     blur_p: float = 0.0           # probability of a Gaussian blur
     blur_sigma: tuple = (0.1, 2.0)  # pixels, uniform
 
+    def __post_init__(self):
+        for name, count in (("crop", 2), ("ratio", 2), ("jitter", 4), ("blur_sigma", 2)):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {count} numbers")
+        for name in ("flip", "jitter_p", "grey_p", "blur_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: is a share, from 0 to 1")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop={self.crop}: two shares of the area, the smaller one first")
+
 
 class BadImage(ValueError):
-    """These bytes hold no usable picture; `reason` is a short phrase that can be counted."""
-
-    def __init__(self, reason):
-        super().__init__(reason)
-        self.reason = reason
+    """These bytes hold no usable picture; its text is a short phrase that can be counted."""
 
 
 # ---------------------------------------------------------------- host: bytes to RGB

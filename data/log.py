@@ -47,9 +47,7 @@ class RunLog:
                     whole = line.endswith("}\n")  # a crash may have cut the last one
                     if whole and json.loads(line).get("step", 0) <= start_step:
                         kept.append(line)
-        with open(self.path + ".tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(self.path + ".tmp", self.path)
+        write_text(self.path, "".join(kept))
 
     def _open_second_place(self, out_dir, log_to):
         try:
@@ -168,6 +166,12 @@ def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def write_record(out_dir, config, script_file, note=""):

@@ -59,14 +59,10 @@ class Pairs(Dataset):
     @property
     def fingerprint(self):
         """Of the shards' content and of the choice among it; a checkpoint remembers it."""
-        if isinstance(self.chosen, range):
+        if isinstance(self.chosen, range) and self.chosen == range(len(self.shards)):
             return self.shards.fingerprint
         numbers = np.asarray(self.chosen, np.int64)
         return f"{self.shards.fingerprint}-{hashlib.sha256(numbers).hexdigest()[:16]}"
-
-    def name(self, sample):
-        """Where a sample lies: "00000.tar:key"."""
-        return self.shards.name(sample)
 
     def sample_at(self, epoch, position):
         """The sample number at a position of an epoch."""
@@ -115,9 +111,9 @@ class Pairs(Dataset):
             try:
                 return self._make(epoch, sample)
             except BadImage as error:
-                reasons[error.reason] += 1
+                reasons[str(error)] += 1
                 if step == 0:
-                    bad.append((self.name(sample), error.reason))
+                    bad.append((self.shards.name(sample), str(error)))
         raise ValueError(f"{self.shards.folder}: {sum(reasons.values())} images in a row are "
                          f"bad ({_most_common(reasons)}); python -m data.prepare.check names them")
 
@@ -175,9 +171,6 @@ class PairBatches(Sampler):
         self.share = batch_size // world_size
         self.first = rank * self.share
         self.parts = math.ceil(self.share / PART)  # of each batch
-
-    def __len__(self):
-        return len(self.steps) * self.parts
 
     def __iter__(self):
         for step in self.steps:
@@ -345,7 +338,7 @@ class BadSteps:
     """
 
     def __init__(self, pairs):
-        self.name_of, self.steps, self.in_a_row = pairs.name, [], 0
+        self.name_of, self.steps, self.in_a_row = pairs.shards.name, [], 0
 
     def add(self, step, samples, embeddings, grad_norm):
         """Note step (from 0): samples (b,) int64, their embeddings (b, E), grad_norm ()."""

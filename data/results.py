@@ -27,7 +27,7 @@ import numpy as np
 
 from data import plots
 from data.benchmarks import LISTS
-from data.log import run_main
+from data.log import run_main, write_text
 
 FORMAT = "perceptual-clip results 1"
 DRAWS = 2000  # bootstrap draws: the ends of an interval then jitter by about 3 % of its width
@@ -61,13 +61,6 @@ def write_result(path, result, hits):
 def write_json(path, content):
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path, text):
-    """Write a text file whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
 
 
 def read_result(path):
@@ -254,7 +247,6 @@ def seed_statistics(values):
         half = t975(n - 1) * sd / math.sqrt(n)
         ends = [mean - half, mean + half]
     return {"mean": mean, "seeds": n, "sd": sd, "interval": ends}
-
 
 
 def sign_test(wins, losses):
@@ -603,7 +595,7 @@ def read_arms(arguments):
     arms = {}  # {name: {(seed, samples): (result, hits)}}
     for argument in arguments:
         name, equals, paths = argument.partition("=")
-        if not equals:
+        if not equals or "/" in name:
             name, paths = "", argument
         for path in paths.split(","):
             result, hits = read_result(path)

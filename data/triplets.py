@@ -275,8 +275,6 @@ def read_row(cells, columns):
 
 def read_table(file):
     """Yields the header, then (row number, {column: cell}) of every line that is not blank."""
-    if not pathlib.Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such file")
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)

@@ -292,8 +292,6 @@ def told_by_hugging_face(file, config):  # defaults as in transformers.CLIPConfi
 
 def names(name, layout):
     """What a layout calls our tensor: one name, or three where it parts q, k and v."""
-    if layout not in COLUMNS:
-        raise ValueError(f"layout={layout!r}: openai, open_clip or huggingface")
     for line in NAMES.strip().splitlines():
         row = line.split()
         name = name.replace(row[0], row[COLUMNS[layout]])

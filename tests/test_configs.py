@@ -246,3 +246,26 @@ def test_a_setting_that_is_newer_than_the_checkpoint_is_no_reason_to_refuse():
 def test_time_left_is_unknown_until_a_step_is_made(tmp_path, capsys):
     log.RunLog(tmp_path, 10, start_step=4).write({"step": 4, "val_loss": 1.0})
     assert "eta unknown" in capsys.readouterr().out
+
+
+def test_a_recipe_with_a_dot_in_its_name_is_one_line(run, tmp_path):
+    (tmp_path / "lr_0.5.py").write_text("lr = 0.5\n")
+    done = run(None, "lr_0.5.py")
+    assert done.returncode == 2 and "lr_0.5.py: Python imports no name with a dot" in done.stderr
+
+
+def test_a_bare_flag_is_given_as_true(run):
+    done = run("""
+        from configs import given
+        fast: bool = False
+        lr = 0.5 if given("fast", False) else 0.25
+    """, "--fast")
+    assert "lr=0.5" in done.stdout
+
+
+def test_a_choice_among_numbers_is_refused_in_one_line():
+    @dataclasses.dataclass
+    class Config:
+        first: int = 2
+    with pytest.raises(ValueError, match="first=2: must be one of 0, 1$"):
+        configs.check_ranges(Config(), first=(0, 1))

@@ -84,7 +84,7 @@ def bomb(width, height):
 def test_a_bad_image_has_a_reason(data, reason):
     with pytest.raises(BadImage) as error:
         decode(data)
-    assert error.value.reason == reason
+    assert str(error.value) == reason
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):

@@ -299,7 +299,24 @@ def test_a_parquet_file_with_the_pictures_in_it_is_packed(images, tmp_path, stru
     assert found["pets-0000000"] == ("png", data[0], ["a cat", "a kitten", "Tom"])
     assert found["pets-0000001"] == ("webp", data[1], ["a dog"]) and len(found) == 2
     report = json.loads((tmp_path / "out" / "pets.json").read_text())
-    assert report["pictures"] == 4 and sum(report["skipped"].values()) == 2
+    assert report["pictures"] == 4
+    assert report["skipped"] == {"same picture again, its captions went to the first": 1, "empty": 1}
+
+
+def test_several_rows_without_a_picture_are_no_copies_of_each_other(images, tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="parquet files are written with pyarrow")
+    from pyarrow import parquet
+    data = [(images / "cat.png").read_bytes(), None, None]
+    parquet.write_table(pa.table({"image": data, "caption": ["a cat", "x", "y"]}),
+                        tmp_path / "pets.parquet")
+    main([str(tmp_path / "pets.parquet"), str(tmp_path / "out"), "--workers=1"])
+    assert json.loads((tmp_path / "out" / "pets.json").read_text())["skipped"] == {"empty": 2}
+
+
+@pytest.mark.parametrize("share", ["10", "1", "-0.1"])
+def test_held_out_is_a_share(images, tmp_path, share):
+    with pytest.raises(ValueError, match="held_out=.*: is a share, from 0 to below 1"):
+        run(images, tmp_path / "out", "--captions=names", f"--held_out={share}")
 
 
 def test_equal_pictures_are_one_pair_with_all_their_captions(tmp_path):

@@ -116,6 +116,14 @@ def test_generators_of_samples_epochs_seeds_and_orders_are_unrelated():
     assert (sample_rng(1, 2, 3).random(50) == sample_rng(1, 2, 3).random(50)).all()
 
 
+def test_another_choice_of_pairs_has_another_fingerprint(tmp_path):
+    choices = [None, range(20), range(8), range(8, 16), [*range(8)]]
+    prints = [make_pairs(tmp_path / "p", chosen=chosen).fingerprint for chosen in choices]
+    assert prints[0] == prints[1] and prints[2] == prints[4]
+    assert len(set(prints)) == 3
+
+
+
 def test_a_batch_of_more_pairs_than_there_are_is_refused():
     with pytest.raises(ValueError, match="batch_size=8 is more than the 7 pairs"):
         PairBatches(7, 8, 0, 1, 0, 1)

@@ -674,3 +674,16 @@ def test_a_replaced_batch_loss_accumulates_and_resumes_exactly(arguments, tmp_pa
     crash(5, arguments(tmp_path / "cut", SAME_PICTURES))
     here(arguments(tmp_path / "cut", SAME_PICTURES))
     assert trace(tmp_path / "cut") == trace(tmp_path / "0")
+
+
+def test_a_run_without_its_recipe_is_another_run(arguments, tmp_path):
+    here(arguments(tmp_path, SAME_PICTURES, "--max_steps=2"))
+    with pytest.raises(ValueError, match="cannot resume: hooks was .*same_pictures"):
+        here(arguments(tmp_path, "--max_steps=2"))
+
+
+def test_a_finished_run_says_that_it_was_complete(arguments, tmp_path, capsys):
+    here(arguments(tmp_path))
+    assert "val_2afc" in capsys.readouterr().out.splitlines()[-1]
+    here(arguments(tmp_path))
+    assert "step 12 of 12, 144 samples; was complete;" in capsys.readouterr().out.splitlines()[-1]

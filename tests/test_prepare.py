@@ -539,6 +539,15 @@ def test_a_cut_idx_file_is_refused(tmp_path):
         prepare_benchmarks.read_idx(tmp_path / "a.gz")
 
 
+def test_a_gz_file_that_was_cut_in_fetching_is_refused(tmp_path):
+    write_idx(tmp_path / "a.gz", np.zeros((3, 2, 2), np.uint8))
+    content = (tmp_path / "a.gz").read_bytes()
+    (tmp_path / "a.gz").write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match="a.gz: cut short or damaged"):
+        prepare_benchmarks.read_idx(tmp_path / "a.gz")
+
+
+
 @pytest.fixture
 def animals(tmp_path):
     """Class folders: cat/1.png, cat/2.bmp, grey_heron/deep/1.jpg."""

@@ -476,6 +476,47 @@ def test_resume_on_other_data_is_refused(arguments, tmp_path, toy_world):
         here(arguments(tmp_path, "--max_steps=2", f"--data={toy_world}/pairs/held_out"))
 
 
+@pytest.mark.parametrize("setting, message", [
+    ("--jitter=0.4,0.4,0.4", "jitter=.*: must be 4 numbers"),
+    ("--crop=0.9,", "crop=.*: must be 2 numbers"), ("--crop=90,100", "crop=.*: two shares"),
+    ("--crop=1.0,0.5", "the smaller one first"), ("--flip=30", "flip=30.0: is a share"),
+    ("--seed=-1", "seed=-1: must be 0 or more")])
+def test_settings_that_cannot_be_meant_are_refused_before_any_work(arguments, tmp_path, setting,
+                                                                   message):
+    with pytest.raises(ValueError, match=message):
+        here(arguments(tmp_path / "run", setting))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_folder_of_sets_is_said_before_the_first_step(arguments, tmp_path):
+    with pytest.raises(FileNotFoundError, match="benchmarks=.*none: no such folder"):
+        here(arguments(tmp_path / "run", f"--benchmarks={tmp_path}/none"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clip_of_another_vocabulary_is_no_start(arguments, toy_world, tmp_path):
+    here(arguments(tmp_path / "run", "--max_steps=1"))
+    lines = (toy_world / "vocabulary/toy.tiktoken").read_text().splitlines()
+    words = [line.split()[0] for line in lines]
+    words[600], words[601] = words[601], words[600]              # two words change their ids
+    other = "".join(f"{word} {rank}\n" for rank, word in enumerate(words))
+    (tmp_path / "other.tiktoken").write_text(other)
+    with pytest.raises(ValueError, match="ckpt.pt: its vocabulary is not this run's"):
+        here(arguments(tmp_path / "next", f"--init={tmp_path}/run/ckpt.pt",
+                       f"--vocabulary={tmp_path}/other.tiktoken"))
+
+
+@pytest.mark.parametrize("change", [{"kind": "vision", "vocabulary": None}, {"optimizer": None}],
+                         ids=["stage 1", "milestone"])
+def test_what_no_run_can_go_on_from_is_refused_in_one_line(arguments, tmp_path, change):
+    from model import write_checkpoint
+    here(arguments(tmp_path, "--max_steps=2"))
+    write_checkpoint(tmp_path / "ckpt.pt", read_checkpoint(tmp_path / "ckpt.pt") | change)
+    with pytest.raises(ValueError, match="ckpt.pt: a tower of stage 1, or a milestone"):
+        here(arguments(tmp_path, "--max_steps=2"))
+
+
+
 def test_resume_false_insists_on_an_empty_folder(arguments, tmp_path):
     here(arguments(tmp_path, "--max_steps=2"))
     with pytest.raises(ValueError, match="resume=False"):
@@ -577,6 +618,7 @@ def test_watched_judgements_are_those_of_evaluate(watched, toy_world):
 
 def look_in_process(rank, checkpoint, world):
     """One of two ranks looks; rank 0 leaves the record beside the checkpoint."""
+    from data.benchmarks import open_sets
     from data.judgements import open_judgements
     from data.pairs import HeldOut
     from data.text import Tokenizer
@@ -585,9 +627,9 @@ def look_in_process(rank, checkpoint, world):
     dist.init_process_group("gloo", init_method=f"file://{checkpoint}.store", rank=rank,
                             world_size=2)
     clip = load_clip(checkpoint)
-    config = pretrain.Config(image_size=32, dtype="float32", batch_size=16,
-                             benchmarks=f"{world}/benchmarks")
+    config = pretrain.Config(image_size=32, dtype="float32", batch_size=16)
     record = pretrain.look(clip, Tokenizer(clip.vocabulary), HeldOut(f"{world}/pairs/held_out"),
+                           open_sets(f"{world}/benchmarks", partial=False),
                            open_judgements(f"{world}/nights", 6), 12, config, Ranks())
     if rank == 0:
         pathlib.Path(f"{checkpoint}.json").write_text(json.dumps(record))

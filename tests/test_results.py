@@ -641,3 +641,11 @@ def test_a_set_that_an_early_milestone_lacks_has_no_curve():
     base = milestones("base", [0.3, 0.4])
     add(base["seeds"][0][1], "late", task(0.5))
     assert "late" not in results.scaling([base])["curves"]
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    result, hits = run("a", {"x": 0.5})
+    results.write_result(tmp_path / "lr=1" / "a", result, hits)
+    arms = results.read_arms([f"{tmp_path}/lr=1/a.json"])
+    assert [arm["name"] for arm in arms] == ["a"]

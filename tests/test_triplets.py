@@ -806,7 +806,8 @@ def test_the_command_converts_and_says_how_many(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["things", "t.csv", "list.txt"], "write: python -m data.prepare.triplets things TRIPLETS "),
     (["similar", "t.csv", "out.csv"], "write: python -m data.prepare.triplets things TRIPLETS"),
-    (["things", "t.csv", "none.txt", "out.csv"], "none.txt: no such file")])
+    (["things", "t.csv", "none.txt", "out.csv"],
+     "No such file or directory: 'none.txt'")])
 def test_a_wrong_command_is_one_line_and_exit_2(tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["triplets.py", *arguments])
     with pytest.raises(SystemExit) as caught:

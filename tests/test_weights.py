@@ -616,8 +616,9 @@ def test_a_layout_that_cannot_hold_the_model_is_refused(tmp_path):
         export_clip(make_clip(SMALL), tmp_path / "x.pt", "openai")
     with pytest.raises(ValueError, match="heads"):
         export_clip(make_clip(replace(SMALL, vision_heads=4)), tmp_path / "x.pt", "open_clip")
-    with pytest.raises(ValueError, match="layout='onnx'"):
-        export_clip(make_clip(), tmp_path / "x.pt", "onnx")
+    for layout in ("onnx", "ours"):
+        with pytest.raises(ValueError, match=f"layout='{layout}'"):
+            export_clip(make_clip(), tmp_path / "x.pt", layout)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ Debian's package dataset-fashion-mnist.
 import gzip
 import io
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +163,10 @@ def labels_of_table(folder, pictures, file):
 
 def read_idx(path):
     """An idx-gz file of unsigned bytes (MNIST's format) -> uint8 array of its stated shape."""
-    content = gzip.decompress(path.read_bytes())
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error):
+        raise ValueError(f"{path}: cut short or damaged; fetch it again") from None
     dimensions = content[3]  # behind two zeros and an 8 for unsigned bytes
     shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)

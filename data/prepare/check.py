@@ -31,7 +31,7 @@ def check_shard(folder, shard):
                 decode(os.pread(file.fileno(), image_size, image_at))
             except BadImage as bad:
                 name = f"{shard}:{key.decode(errors='replace')}"
-                problems.append((f"image: {bad.reason}", name))
+                problems.append((f"image: {bad}", name))
                 good -= 1
     return good, problems
 

@@ -26,6 +26,8 @@ def export_clip(clip, path, layout):
     The folder holds a tokenizer too if the model has CLIP's vocabulary. ValueError where the
     layout cannot say what the model is: heads that are not 64 wide, or GELU for OpenAI.
     """
+    if layout not in ("openai", "open_clip", "huggingface"):
+        raise ValueError(f"layout={layout!r}: openai, open_clip or huggingface")
     weights = files.to_layout(files.without_extra(clip.state_dict()), layout)
     if layout == "huggingface":
         files.write_folder(path, weights, asdict(clip.config), clip.vocabulary)

@@ -46,6 +46,8 @@ class Config:
 
     def check(self):
         check_ranges(self, positive=("short_side", "per_shard"), lines=("first", "all", "one"))
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: is a share, from 0 to below 1")
 
 
 @dataclass
@@ -86,7 +88,7 @@ def prepare_picture(entry, short_side):
         data = source if isinstance(source, bytes) else source.read_bytes()
         return name, *shrink(data, short_side)
     except BadImage as error:
-        return name, None, error.reason
+        return name, None, str(error)
     except OSError:  # a dangling link, no permission
         return name, None, "unreadable file"
 
@@ -156,7 +158,8 @@ def find_in_parquet(file, config):
     for name, data, captions in tables.parquet_pictures(file):
         found.names.append(name)
         found.captions[name] = captions
-        found.digests[name] = hashlib.sha256(data).digest()
+        if data:  # no picture is no copy of another
+            found.digests[name] = hashlib.sha256(data).digest()
     return found
 
 

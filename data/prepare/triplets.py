@@ -125,7 +125,7 @@ def mine_matrix(path, count, config):
 def read_matrix(path, count, similarity):
     """A dissimilarity matrix (count, count): finite, symmetric, 0 on its diagonal."""
     try:
-        matrix = np.asarray(np.load(existing(path), allow_pickle=False), float)
+        matrix = np.asarray(np.load(path, allow_pickle=False), float)
     except (ValueError, TypeError, EOFError):  # pickled objects are refused unread
         raise ValueError(f"{path}: not a NumPy file of numbers") from None
     if matrix.shape != (count, count) or count < 3:
@@ -219,15 +219,9 @@ def finite(path, number, cells, column):
 
 def read_text(path):
     try:
-        return existing(path).read_text(encoding="utf-8-sig")
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not text in UTF-8") from None
-
-
-def existing(path):
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return pathlib.Path(path)
 
 
 # ------------------------------------------------------------------------ the one form written

@@ -10,13 +10,12 @@ import base64
 import gzip
 import hashlib
 import importlib.util
-import os
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import load_config
-from data.log import run_main
+from data.log import run_main, write_text
 
 NAME = "bpe_simple_vocab_16e6.txt.gz"
 URL = f"https://raw.githubusercontent.com/openai/CLIP/main/clip/{NAME}"
@@ -83,9 +82,7 @@ def main(argv=None):
         raise ValueError(f"{target} is there and is not CLIP's vocabulary; name another target "
                          "(published merges are given with --merges=FILE)")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    part.write_text(text)
-    os.replace(part, target)
+    write_text(target, text)
     print(f"{target}: CLIP's {text.count(chr(10)) + 2:,} tokens, from {source}")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from configs import load_config
-from data.log import Progress, run_main
+from data.log import Progress, run_main, write_text
 from data.prepare.captions import parquet_rows
 from data.prepare.hub import dataset_name, fetch_file, list_files
 from data.prepare.own import shrink
@@ -120,9 +120,8 @@ def convert_file(file, fetch, target, tokenizer):
     finally:
         if path and fetch is not Path:
             path.unlink()
-    part = target / "done" / f"{name}.part"
-    part.write_text(json.dumps({**counts, "skipped": skipped}, indent=2) + "\n")
-    os.replace(part, part.with_suffix(".json"))
+    report = json.dumps({**counts, "skipped": skipped}, indent=2) + "\n"
+    write_text(target / "done" / f"{name}.json", report)
 
 
 def find_sources(source, scratch):
