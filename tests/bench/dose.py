@@ -29,7 +29,8 @@ def main(argv=None):
     with open(files[0], encoding="utf-8") as file:
         families = json.load(file)["families"]
     figure = Figure(figsize=(13.2, 3.4), layout="constrained")
-    chosen = ("all classification", "retrieval", "k-NN probe", "judgements")
+    known = ("all classification", "retrieval", "k-NN probe", "judgements", "nights")
+    chosen = [family for family in known if family in families]
     for place, family in enumerate(chosen, 1):
         arms = families[family]["arms"]
         axis = figure.add_subplot(1, len(chosen), place)
