@@ -308,6 +308,13 @@ def test_equal_operations_are_equal(idea, toy_world):
     assert ideas.EQUAL[f"{idea}_steps"] == pytest.approx(share, rel=0.03)
 
 
+def test_arms_whose_towers_are_no_clip_s_are_known():
+    """Their checkpoints are measured without load_clip, which refuses them."""
+    own = {arm for arm, commands in ideas.ARMS.items()
+           if any(word in commands[-1] for word in ("/fdt.py", "/vitamin.py", "--projectors"))}
+    assert own == set(asked.OWN_TOWERS)
+
+
 def test_what_an_arm_goes_on_from_is_queued_before_it():
     order = ideas.queue(ideas.QUESTIONS)
     assert sorted(order) == sorted(set(order)) and set(order) == set(ideas.ARMS)

@@ -29,7 +29,8 @@ from model import CLIP, CLIPConfig, load_clip, read_checkpoint
 
 SCENES = 1000  # of each question
 SEED = 987654  # of their generator
-OWN_TOWERS = ("fdt", "vitamin", "projectors")  # load_clip would build another tower
+# load_clip would build another tower than these arms have
+OWN_TOWERS = ("fdt", "vitamin", "vitamin_equal", "projectors")
 WRITERS = ("coca", "sycoca")                   # these have a decoder
 
 
