@@ -20,7 +20,7 @@ from configs import (check_patches, check_ranges, load_config,  # before torch: 
 import torch
 import torch.nn.functional as F
 
-from data.benchmarks import find_sets
+from data.benchmarks import open_sets
 from data.images import normalise
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       write_record)
@@ -163,8 +163,8 @@ def accumulate(tower, batch, epoch, config, device):
     return total.tolist()  # waits for the device; steps of 0.1 s do not notice
 
 
-def look(whole, tower, splits, folder, config, device):
-    """Loss and 2AFC of splits, main metrics of the zero-shot sets in `folder`; in float32."""
+def look(whole, tower, splits, sets, config, device):
+    """Loss and 2AFC of splits, main metrics of the zero-shot `sets`; in float32."""
     figures = {}
     for triplets in splits:
         ref, left, right = embed_triplets(tower.forward, triplets, config.image_size, device)
@@ -172,10 +172,10 @@ def look(whole, tower, splits, folder, config, device):
         loss = triplet_loss(ref, left, right, labels, config.margin)
         figures[f"{triplets.split}_loss"] = loss.item()
         figures[f"{triplets.split}_2afc"] = two_afc(ref, left, right, labels).mean().item()
-    if folder:
+    if sets:
         tokenizer = Tokenizer(whole.vocabulary)
-        for name, path in find_sets(folder).items():
-            task = evaluate_set(whole, tokenizer, path)[name]
+        for name, benchmark in sets.items():
+            task = evaluate_set(whole, tokenizer, benchmark)[name]
             figures[f"zero_shot/{name}"] = task["metrics"][task["main"]]
     return figures
 
@@ -233,6 +233,7 @@ def main(argv=None):
     if steps_per_epoch == 0:
         raise ValueError(f"batch_size={config.batch_size}: only {len(train)} training triplets")
     total_steps = config.max_steps or config.epochs * steps_per_epoch
+    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
 
     # ---- 3. tower and optimizer; then the state of a run that stopped
     whole, tower = build(config, device)
@@ -255,7 +256,7 @@ def main(argv=None):
     log.say(f"{len(train):,} triplets for {numbers:,} parameters; at step {state['step']} on "
             f"{device}, checksum {weights_checksum(tower.state_dict())}")
     if state["before"] is None:
-        state["before"] = look(whole, tower, (val, test), config.benchmarks, config, device)
+        state["before"] = look(whole, tower, (val, test), sets, config, device)
         log.write({"step": 0, "samples": 0} | state["before"])
     if config.compile:  # in place: names in the checkpoint stay clean
         tower.compile()
@@ -298,9 +299,9 @@ def main(argv=None):
             record |= {"loss": loss, "2afc": score, "lr": rate, "grad_norm": norm,
                        "data_wait": waited, "triplets_per_s": speed * config.batch_size}
         if last:
-            record |= look(whole, tower, (val, test), config.benchmarks, config, device)
+            record |= look(whole, tower, (val, test), sets, config, device)
         elif step % steps_per_epoch == 0:
-            record |= look(whole, tower, (val,), "", config, device)
+            record |= look(whole, tower, (val,), {}, config, device)
         if "val_loss" in record and record["val_loss"] < state["best_loss"]:
             state["best_loss"] = record["val_loss"]
             save(out / "best.pt", whole, optimizer, state, config)

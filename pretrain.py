@@ -293,9 +293,9 @@ def look(clip, tokenizer, held_out, sets, judged, step, config, ranks):
                 contrastive_loss, 1024, image, text, image, text, scale, 0).item()
             recalls, _ = retrieve(image, text, torch.arange(len(image)))
             figures |= {f"val_{name}": value for name, value in recalls.items()}
-        for name, one in sets.items():
-            task = evaluate_set(clip, tokenizer, one, dtype=config.dtype, ranks=ranks)[name]
-            figures[f"zero_shot/{name}"] = task["metrics"][task["main"]]
+        for name, benchmark in sets.items():
+            tasks = evaluate_set(clip, tokenizer, benchmark, dtype=config.dtype, ranks=ranks)
+            figures[f"zero_shot/{name}"] = tasks[name]["metrics"][tasks[name]["main"]]
         for name, triplets in judged.items():
             sides = embed_triplets(clip.encode_image, triplets, config.image_size, **how)
             labels = torch.from_numpy(triplets.labels)                             # (n,)

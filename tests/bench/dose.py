@@ -12,10 +12,11 @@ from configs import load_config
 from data.log import run_main
 
 LENGTHS = ("baseline", "pi_tenth", "pi_third", "pi", "pi_triple")
-KINDS = ("food", "materials", "pi_best")
+KINDS = ("food", "materials", "pi_best", "pi_10pct", "pi_50pct")
 LABELS = {"baseline": "none", "pi_tenth": "1/10", "pi_third": "1/3", "pi": "whole",
           "pi_triple": "3 times", "food": "food\nalone", "materials": "materials\nalone",
-          "pi_best": "best, not\nlast"}
+          "pi_best": "best, not\nlast", "pi_10pct": "1/10 of\nthe votes",
+          "pi_50pct": "half of\nthe votes"}
 
 
 @dataclass
@@ -45,7 +46,7 @@ def main(argv=None):
         axis.axhline(100 * arms["baseline"]["mean"], color="grey", linestyle=":")
         axis.set(title=f"mean of {family}, %", xticks=range(len(shown)))
         axis.set_xticklabels([LABELS[name] for name in shown], fontsize=7)
-    figure.supxlabel("stage 1: its length, then kinds of judgement at whole length", fontsize=8)
+    figure.supxlabel("stage 1: its length, then other judgements at whole length", fontsize=8)
     figure.savefig(config.out, dpi=120)
 
 
