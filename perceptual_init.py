@@ -233,10 +233,10 @@ def main(argv=None):
     if steps_per_epoch == 0:
         raise ValueError(f"batch_size={config.batch_size}: only {len(train)} training triplets")
     total_steps = config.max_steps or config.epochs * steps_per_epoch
-    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
 
     # ---- 3. tower and optimizer; then the state of a run that stopped
     whole, tower = build(config, device)
+    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         optimizer_groups(tower, config.weight_decay), lr=config.lr, eps=config.eps, fused=True,

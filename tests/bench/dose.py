@@ -15,8 +15,8 @@ LENGTHS = ("baseline", "pi_tenth", "pi_third", "pi", "pi_triple")
 KINDS = ("food", "materials", "pi_best", "pi_10pct", "pi_50pct")
 LABELS = {"baseline": "none", "pi_tenth": "1/10", "pi_third": "1/3", "pi": "whole",
           "pi_triple": "3 times", "food": "food\nalone", "materials": "materials\nalone",
-          "pi_best": "best, not\nlast", "pi_10pct": "1/10 of\nthe votes",
-          "pi_50pct": "half of\nthe votes"}
+          "pi_best": "best, not\nlast", "pi_10pct": "1/10 of\nvotes",
+          "pi_50pct": "half of\nvotes"}
 
 
 @dataclass
