@@ -39,6 +39,8 @@ class Ranks:
         """Join the group until Python ends; returns the torch.device of this rank."""
         device = torch.device("cpu")
         if torch.cuda.is_available():
+            if self.local >= torch.cuda.device_count():
+                raise ValueError(f"more ranks than the {torch.cuda.device_count()} GPUs of this machine")
             device = torch.device("cuda", self.local)
             torch.cuda.set_device(device)
         if self.world > 1:  # both back ends: hosts exchange counts without waiting for a GPU

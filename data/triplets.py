@@ -114,9 +114,7 @@ class Triplets:
         Height and width are squashed to S = size, bicubic; decoded now, or read from keep()'s.
         """
         index = self.index if rows is None else self.index[np.asarray(rows)]             # (n,3)
-        if self.kept is not None and self.kept.shape[-1] == size:
-            return torch.from_numpy(self.kept[index])                        # (n,3,3,S,S)
-        distinct, place = np.unique(index, return_inverse=True)  # each image is decoded once
+        distinct, place = np.unique(index, return_inverse=True)  # each image is read once
         return self.images(size, distinct)[place.reshape(index.shape)]       # (n,3,3,S,S)
 
     def images(self, size, numbers):

@@ -1,7 +1,13 @@
-"""What several rooms' tests share: a small toy world, drawn once."""
+"""What several rooms' tests share: a small toy world, drawn once.
+
+They run on the CPU, also where there are GPUs: several ask for equal digits, or for two ranks.
+"""
+import os
 import pathlib
 import sys
 import tempfile
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 
 import pytest
 import torch

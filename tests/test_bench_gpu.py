@@ -16,7 +16,7 @@ def number(cell):
                                         ("loader", 1), ("evaluation", 1), ("toy", 1)])
 def test_each_part_runs_on_the_cpu_and_gives_its_rows(part, rows):
     make_rows = gpu.ROWS.get(part, gpu.step_rows)
-    found = make_rows(part, gpu.QUICK, torch.device("cpu"))
+    found = list(make_rows(part, gpu.QUICK, torch.device("cpu")))
     assert len(found) == rows
     for row in found:
         assert len(row) == len(gpu.HEAD) and number(row[1]) > 0

@@ -939,6 +939,14 @@ def test_nodes_that_do_not_share_out_dir_stop_with_one_line_each(arguments, tmp_
     assert ", rank 1: rank 0 and rank 1 differ" in outputs[1] and outputs[1].count("\n") == 1
 
 
+def test_more_ranks_than_gpus_are_refused_with_their_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="more ranks than the 2 GPUs of this machine"):
+        Ranks().start()
+
+
 def test_an_error_of_one_rank_is_printed_with_its_rank(arguments, tmp_path):
     recipe = tmp_path / "odd.py"
     recipe.write_text("import os\ndef prepare_model(clip, config):\n"

@@ -45,7 +45,7 @@ def encode(clip, batch, config):
     tokens = F.normalize(clip.vision(batch["views"], every=True).float(), dim=-1)
     patches = tokens[:, 1:]                                                  # (b, P, E)
     near = texts @ patches.mT                                                # (b, K, P)
-    low, high = near.aminmax(dim=2, keepdim=True)
+    low, high = near.amin(2, keepdim=True), near.amax(2, keepdim=True)
     near = (near - low) / (high - low + 1e-6)
     near = near * (near > 1 / patches.shape[1])
     grouped = F.normalize((near @ patches).float(), dim=-1)                  # (b, K, E)

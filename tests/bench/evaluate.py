@@ -39,7 +39,7 @@ class Fixed:
         return self.count
 
     def __getitems__(self, rows):
-        return self.pixels.expand(len(rows), -1, -1, -1)
+        return self.pixels.repeat(len(rows), 1, 1, 1)  # each in memory of its own, as pinning wants
 
 
 def prompts_of(count):

@@ -4,8 +4,8 @@
     python -m tests.bench.gpu --quick    # the same lines on the CPU with the toy model
 
 Each part runs in a process of its own with a time limit; the limits add up to less than 8
-minutes. A part that does not end in time, or fails, has a row that says so, and the next one
-begins. Towers and augmentation are measured as they are and compiled. open_clip runs as its
+minutes. A part that does not end in time, or fails, keeps the rows it has and one that says so,
+and the next one begins. Towers and augmentation are measured as they are and compiled. open_clip runs as its
 trainer does, not compiled, where it is installed (tests/bench/peer.py). Prints one table for
 docs/speed.md, then the README's line.
 """
@@ -35,10 +35,10 @@ from tests.bench.step import OurStep, eager
 from tests.bench.train import run, write_toy
 
 LIMITS = {  # seconds; compiling a tower takes about a minute
-    "ViT-B-32": 150, "ViT-B-16": 75, "ViT-L-14": 75, "augmentation": 40, "loss": 20,
+    "ViT-B-32": 130, "ViT-B-16": 75, "ViT-L-14": 95, "augmentation": 40, "loss": 20,
     "loader": 40, "evaluation": 30, "toy": 45}
 FULL = SimpleNamespace(
-    device="cuda", compile=True, rounds=5, models={"ViT-B-32": ("ViT-B-32", (512, 1024, 2304)),
+    device="cuda", compile=True, rounds=5, models={"ViT-B-32": ("ViT-B-32", (2304, 1024, 512)),
                                                    "ViT-B-16": ("ViT-B-16", (512,)),
                                                    "ViT-L-14": ("ViT-L-14", (128,))},
     images=2304, pairs=16384, chunk=2048, pictures=512, part=64, model="ViT-B-32", toy_steps=400)
@@ -86,7 +86,6 @@ def step_rows(part, settings, device):
     config, open_clip = SIZES[name], load_peer()[0]
     ours = OurStep(config, device, "bfloat16", settings.compile)
     peer = PeerStep(open_clip, config, device, "bfloat16") if open_clip else None
-    rows = []
     for batch in batches:
         images, tokens = make_batch(config, batch, device)
         flops = flops_per_pair(config, (tokens.argmax(1) + 1).float().mean().item())
@@ -97,9 +96,8 @@ def step_rows(part, settings, device):
         other = measure(lambda mark: peer(images, tokens), settings, device)[0] if peer else []
         for how, case in (("", plain), (", compiled", lambda mark: ours(images, tokens))):
             seconds, gib = measure(case, settings, device)
-            rows.append(rate_row(f"step, {name}, batch {batch:,}, bf16{how}, pairs/s", batch,
-                                 seconds, other, flops, gib))
-    return rows
+            yield rate_row(f"step, {name}, batch {batch:,}, bf16{how}, pairs/s", batch, seconds,
+                           other, flops, gib)
 
 
 def augmentation_rows(part, settings, device):
@@ -111,16 +109,16 @@ def augmentation_rows(part, settings, device):
     made = torch.compile(augment_batch) if settings.compile else augment_batch
     plain = measure(lambda mark: augment_batch(images, draws, PAPER), settings, device)[0]
     seconds, gib = measure(lambda mark: made(images, draws, PAPER), settings, device)
-    return [rate_row("augmentation, compiled, images/s", count, seconds, plain, gib=gib)]
+    yield rate_row("augmentation, compiled, images/s", count, seconds, plain, gib=gib)
 
 
 def loss_rows(part, settings, device):
     """The loss with its gradient: in chunks, beside all logits at once."""
     chunked = one_run(settings.pairs, settings.chunk, device)
     plain = one_run(settings.pairs, 0, device)
-    return [rate_row(f"loss of {settings.pairs:,} pairs in chunks of {settings.chunk:,}, a second",
-                     1, [chunked["seconds"]], [plain["seconds"]],
-                     gib=f"{chunked['bytes'] / 2**30:.2f}, beside {plain['bytes'] / 2**30:.2f}")]
+    gib = f"{chunked['bytes'] / 2**30:.2f}, beside {plain['bytes'] / 2**30:.2f}"
+    yield rate_row(f"loss of {settings.pairs:,} pairs in chunks of {settings.chunk:,}, a second",
+                   1, [chunked["seconds"]], [plain["seconds"]], gib=gib)
 
 
 def loader_rows(part, settings, device):
@@ -135,8 +133,8 @@ def loader_rows(part, settings, device):
             case = all_cores(dataset, steps, settings.part, cores)
             laps = interleave({"": case}, 1, device, warmup=0)[""]
             seconds.append([lap[-1] for lap in laps])
-    return [rate_row(f"loader, the paper's, {cores} cores, images/s", steps * settings.part,
-                     *seconds)]
+    yield rate_row(f"loader, the paper's, {cores} cores, images/s", steps * settings.part,
+                   *seconds)
 
 
 def evaluation_rows(part, settings, device):
@@ -149,8 +147,8 @@ def evaluation_rows(part, settings, device):
     cases = image_cases(clip, peer, sizes, device)
     seconds, gib = measure(cases["ours", "bfloat16"], settings, device)
     other = measure(cases["open_clip", "bfloat16"], settings, device)[0] if peer else []
-    return [rate_row(f"embedding images, {settings.model}, bf16, images/s", 4 * batch, seconds,
-                     other, gib=gib)]
+    yield rate_row(f"embedding images, {settings.model}, bf16, images/s", 4 * batch, seconds, other,
+                   gib=gib)
 
 
 def toy_rows(part, settings, device):
@@ -161,7 +159,7 @@ def toy_rows(part, settings, device):
         records = run(args, write_toy(Path(folder), 256), -1, f"{folder}/run")
     waited = statistics.median(record["data_wait"] for record in records)
     rate = spread([record["pairs_per_s"] for record in records], "")
-    return [[f"toy end to end, {waited:.0%} waiting for data, pairs/s", rate, "-", "", "", ""]]
+    yield [f"toy end to end, {waited:.0%} waiting for data, pairs/s", rate, "-", "", "", ""]
 
 
 ROWS = {"augmentation": augmentation_rows, "loss": loss_rows, "loader": loader_rows,
@@ -171,20 +169,22 @@ ROWS = {"augmentation": augmentation_rows, "loss": loss_rows, "loader": loader_r
 # ------------------------------------------------------------------------------------- the whole
 
 def rows_of(part, limit, quick):
-    """Rows of a part from a process of its own; a row that says so if it fails or takes longer."""
+    """Rows that a part prints in a process of its own; the last says if it failed or was slow."""
     command = [sys.executable, "-m", "tests.bench.gpu", f"--part={part}"]
     if quick:
         command.append("--quick")
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    failed = ""
     try:
         output, _ = child.communicate(timeout=limit)
+        if child.returncode:
+            failed = f"ended with {child.returncode}"
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # with the processes that it started
-        child.communicate()
-        return [[part, f"not done in {limit} s", "", "", "", ""]]
-    if child.returncode:
-        return [[part, f"ended with {child.returncode}", "", "", "", ""]]
-    return json.loads(output.splitlines()[-1])
+        output, _ = child.communicate()
+        failed = f"not done in {limit} s"
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    return rows + [[part, failed, "", "", "", ""]] * bool(failed)
 
 
 def main():
@@ -195,7 +195,9 @@ def main():
         return
     if args.part:
         make_rows = ROWS.get(args.part, step_rows)
-        print(json.dumps(make_rows(args.part, settings, torch.device(settings.device))))
+        for row in make_rows(args.part, settings, torch.device(settings.device)):
+            print(json.dumps(row), flush=True)
+            print(*row, sep=" | ", file=sys.stderr, flush=True)  # for who watches
         return
     args.device = settings.device
     start(args)
@@ -203,6 +205,7 @@ def main():
     rows = []
     for part, limit in LIMITS.items():
         rows += rows_of(part, limit, args.quick)
+        print(f"{part}: done", file=sys.stderr, flush=True)
     table(HEAD, rows)
     fastest = [row for row in rows if row[0].startswith("step") and "compiled" in row[0]][:1]
     for what, ours, other, times, _, _ in fastest:
