@@ -40,7 +40,7 @@ class Ranks:
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if self.local >= torch.cuda.device_count():
-                raise ValueError(f"more ranks than the {torch.cuda.device_count()} GPUs of this machine")
+                raise ValueError(f"more ranks than the {torch.cuda.device_count()} GPUs there are")
             device = torch.device("cuda", self.local)
             torch.cuda.set_device(device)
         if self.world > 1:  # both back ends: hosts exchange counts without waiting for a GPU

@@ -943,7 +943,7 @@ def test_more_ranks_than_gpus_are_refused_with_their_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="more ranks than the 2 GPUs of this machine"):
+    with pytest.raises(ValueError, match="more ranks than the 2 GPUs there are"):
         Ranks().start()
 
 
