@@ -1,11 +1,7 @@
 """configs/ideas: every idea gives the same whatever micro-batches, ranks and interruptions."""
 import dataclasses
 import json
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 import types
 
 import pytest
@@ -18,6 +14,7 @@ from data.ranks import Ranks
 from data.text import Tokenizer
 from model import (CLIP, FORMAT, SIZES, VisionTower, load_clip, read_checkpoint,
                    write_checkpoint)
+from tests.test_pretrain import finish, process
 from tests.test_pretrain import here as run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -119,23 +116,33 @@ def test_a_run_that_stopped_goes_on_to_the_same_digits(arguments, whole, tmp_pat
     assert figures(tmp_path) == expected
 
 
+TWO_RANKS = '''
+import json, sys, pretrain, torch.distributed as dist
+from data.ranks import Ranks
+join = dist.init_process_group
+dist.init_process_group = lambda how: None if dist.is_initialized() else join(how)
+Ranks.leave = lambda ranks: None
+for arguments in json.loads(sys.argv[1]):
+    pretrain.main(arguments)
+dist.destroy_process_group()
+'''
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(arguments, tmp_path_factory):
+    """{idea: folder of its run on two ranks}; one pair of processes makes them all."""
+    folders = {idea: tmp_path_factory.mktemp(idea) for idea in sorted(ON_RANKS)}
+    runs = json.dumps([arguments(idea, folder) for idea, folder in folders.items()])
+    codes, outputs = finish(process([runs], code=TWO_RANKS, world=2))
+    assert codes == [0, 0], outputs
+    return folders
+
+
 @pytest.mark.parametrize("idea", sorted(ON_RANKS))
-def test_two_ranks_make_the_steps_of_one(arguments, whole, tmp_path, idea):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        ranks.append(subprocess.Popen([sys.executable, "pretrain.py", *arguments(idea, tmp_path)],
-                                      cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT))
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    for ours, theirs in zip(figures(tmp_path), figures(whole(idea)), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4)
+def test_two_ranks_make_the_steps_of_one(whole, on_two_ranks, idea):
+    ours, theirs = figures(on_two_ranks[idea]), figures(whole(idea))
+    for step, other in zip(ours, theirs, strict=True):
+        assert step == pytest.approx(other, rel=2e-4)
 
 
 @pytest.mark.parametrize("idea", IDEAS)
