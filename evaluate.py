@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from data.benchmarks import LISTS, BenchmarkSet, open_sets
 from data.images import Pixels, normalise
 from data.log import Progress, run_main
 from data.ranks import Ranks
@@ -218,18 +217,17 @@ def embed_triplets(encode, triplets, size, device, batch_size=256, **how):
 # -------------------------------------------------------------------------- one set
 
 
-def evaluate_set(clip, tokenizer, folder, batch_size=256, workers=0, prompts=None, **how):
+def evaluate_set(clip, tokenizer, benchmark, batch_size=256, workers=0, prompts=None, **how):
     """Zero-shot metrics of one CLIP on one set, in one pass over its images.
 
-    clip: model.CLIP, on its own device.  folder: path or BenchmarkSet.  prompts: embed_texts'
-    cache, to share between sets.  how: dtype, ranks and label, as `embed` has them.
+    clip: model.CLIP, on its own device.  benchmark: data.benchmarks.BenchmarkSet.  prompts:
+    embed_texts' cache, to share between sets.  how: dtype, ranks and label, as `embed` has them.
     Returns {name: task}, of classification {name-knn: task} as well. A task is a dict: metrics
     {name: value in 0..1, acc5 None below 5 classes}, what BenchmarkSet.about() says of the set,
     seconds, and hits {metric: (n,) or (m,)}.
     """
     start = time.time()
     device = clip.logit_scale.device
-    benchmark = folder if isinstance(folder, BenchmarkSet) else BenchmarkSet(folder)
     texts = benchmark.captions if benchmark.type == "retrieval" else benchmark.prompts()
     cache = {} if prompts is None else prompts
     text_rows = embed_texts(clip, tokenizer, texts, cache, device, **how)  # (m,E) or (C*T,E)
@@ -304,7 +302,7 @@ class Config:
 
     def check(self):
         check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers", "min_votes"),
-                     dtype=("float32", "bfloat16"), list=tuple(LISTS))
+                     dtype=("float32", "bfloat16"), list=("code", "plan"))
         if bool(self.images or self.labels) != bool(self.query or self.image):
             raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
         if self.labels and not self.image:
@@ -380,12 +378,12 @@ def jobs_for(model, jobs):
 
 def evaluate_checkpoint(name, path, jobs, config, ranks, device):
     """Evaluate what its result file lacks, and write set by set; returns (result, hits)."""
-    from data import results
+    from data import benchmarks, results
     start, prompts = time.time(), {}
     model = open_model(path, config, device)
     jobs = jobs_for(model, jobs)
     result, hits = results.begin_result(name, model, config)
-    rows = LISTS[config.list]
+    rows = benchmarks.LISTS[config.list]
     done = ranks.collect(results.finished(result, jobs))[0]  # as rank 0 has it
     for key, job in jobs.items():
         if key in done:
@@ -419,14 +417,14 @@ def main(argv=None):
     if not arguments:
         raise ValueError("which checkpoints? For example: python evaluate.py out/toy/ckpt.pt "
                          "--benchmarks=data/toy/benchmarks (--help says more)")
-    from data import results  # here and below, so that the trainers do not import it with us
+    from data import benchmarks, results  # here and below: trainers do not import them with us
     runs = results.read_arguments(arguments, read_checkpoint)
     paths = {}  # result's name: checkpoint
     for checkpoints in runs.values():
         paths |= checkpoints
     jobs = {}  # task's name: BenchmarkSet or data.triplets.Triplets
     if config.benchmarks:
-        jobs |= open_sets(config.benchmarks, config.partial)
+        jobs |= benchmarks.open_sets(config.benchmarks, config.partial)
     if config.nights or config.judgements:
         from data.judgements import open_judgements
         judged = open_judgements(config.judgements, config.min_votes, config.nights)
@@ -453,7 +451,7 @@ def main(argv=None):
             arms = []
             for name, checkpoints in runs.items():
                 arms.append({"name": name, "seeds": [[found[key] for key in checkpoints]]})
-            results.report(arms, LISTS[config.list], config.out)
+            results.report(arms, benchmarks.LISTS[config.list], config.out)
 
 
 if __name__ == "__main__":

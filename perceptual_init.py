@@ -20,7 +20,6 @@ from configs import (check_patches, check_ranges, load_config,  # before torch: 
 import torch
 import torch.nn.functional as F
 
-from data.benchmarks import open_sets
 from data.images import normalise
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       write_record)
@@ -236,7 +235,10 @@ def main(argv=None):
 
     # ---- 3. tower and optimizer; then the state of a run that stopped
     whole, tower = build(config, device)
-    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
+    sets = {}
+    if config.benchmarks:
+        from data.benchmarks import open_sets  # here, for those who watch them only
+        sets = open_sets(config.benchmarks, partial=True)
     trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         optimizer_groups(tower, config.weight_decay), lr=config.lr, eps=config.eps, fused=True,

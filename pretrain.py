@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.benchmarks import open_sets
 from data.images import Augmentation, Pixels, augment_batch
 from data.log import (Meter, RunLog, check_resume, in_words, run_main, stop_on_signals,
                       write_record)
@@ -342,10 +341,12 @@ def main(argv=None):
     with ranks.first_alone():
         index_shards(config.data, tokenizer)
         held_out = HeldOut(config.held_out) if config.held_out else None
-    sets = open_sets(config.benchmarks, partial=True) if config.benchmarks else {}
-    judged = {}
+    sets, judged = {}, {}
+    if config.benchmarks:
+        from data.benchmarks import open_sets  # here, for those who watch them only
+        sets = open_sets(config.benchmarks, partial=True)
     if config.judgements:
-        from data.judgements import open_judgements  # for those who watch them only
+        from data.judgements import open_judgements
         judged = open_judgements(config.judgements, min_votes=6)
     shards = Shards(config.data, tokenizer)
     pairs = Pairs(shards, tokenizer, config, augmentation, pick_caption, extra_arrays,

@@ -30,8 +30,8 @@ BYTES = "".join(f"{base64.b64encode(bytes([byte]) + bytes(mark)).decode()} {256 
                 for mark in (0, 1) for byte in range(256))  # a vocabulary of single bytes
 
 def evaluate_set(clip, tokenizer, folder, **how):
-    """The zero-shot task of a set, without its probe."""
-    return next(iter(evaluate.evaluate_set(clip, tokenizer, folder, **how).values()))
+    """The zero-shot task of the set in a folder, without its probe."""
+    return next(iter(evaluate.evaluate_set(clip, tokenizer, BenchmarkSet(folder), **how).values()))
 
 
 TOKENIZER = Tokenizer(BYTES)

@@ -190,8 +190,8 @@ def test_the_other_list_misses_what_neither_home_has(world):
 def test_the_figures_are_those_of_the_metric_functions(world):
     out = run(world, world / "base" / "ckpt.pt")
     clip = load_clip(world / "base" / "ckpt.pt")
-    for name, folder in benchmarks.find_sets(world / "sets").items():
-        direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)[name]
+    for name, benchmark in benchmarks.open_sets(world / "sets", partial=True).items():
+        direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), benchmark)[name]
         assert read(out / "base.json")["tasks"][name]["metrics"] == direct["metrics"]
         with np.load(out / "base.npz") as arrays:
             for metric, hits in direct["hits"].items():
@@ -403,8 +403,8 @@ def test_foreign_weights_get_the_figures_of_the_same_weights_in_our_file(world, 
     result = read(run(world, path, vocabulary=world / "bytes.tiktoken", **more)
                   / f"{path.stem}.json")
     assert (result["source"], result["samples"], result["quick_gelu"]) == (layout, None, True)
-    folder = world / "sets/wds_letters_test"
-    direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), folder)["letters"]
+    letters = benchmarks.BenchmarkSet(world / "sets/wds_letters_test")
+    direct = evaluate.evaluate_set(clip, Tokenizer(BYTES), letters)["letters"]
     assert result["tasks"]["letters"]["metrics"] == direct["metrics"]
 
 

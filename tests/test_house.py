@@ -76,8 +76,8 @@ def test_the_code_does_not_grow():
 
 
 # 3,000 are wanted of pretrain.py, 2,600 of perceptual_init.py; evaluate.py is within its 2,700.
-@pytest.mark.parametrize("name, lines", [("pretrain.py", 3_410), ("evaluate.py", 2_700),
-                                         ("perceptual_init.py", 3_005)])
+@pytest.mark.parametrize("name, lines", [("pretrain.py", 3_165), ("evaluate.py", 2_700),
+                                         ("perceptual_init.py", 2_760)])
 def test_one_step_means_opening_few_lines(name, lines):
     found = pulled_in(ROOT / name)
     assert sum(map(line_count, found)) <= lines, sorted(map(name_of, found))

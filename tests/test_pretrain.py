@@ -598,10 +598,10 @@ def test_held_out_figures_are_those_of_the_checkpoint(watched, toy_world):
 
 
 def test_watched_benchmarks_are_those_of_evaluate(watched, toy_world):
-    from data.benchmarks import find_sets
+    from data.benchmarks import open_sets
     from evaluate import evaluate_set
     from data.text import Tokenizer
-    clip, sets = load_clip(watched[1]), find_sets(toy_world / "benchmarks")
+    clip, sets = load_clip(watched[1]), open_sets(toy_world / "benchmarks", partial=False)
     assert {f"zero_shot/{name}" for name in sets} <= watched[0][-1].keys()
     tasks = evaluate_set(clip, Tokenizer(clip.vocabulary), sets["toy_shape"])
     assert watched[0][-1]["zero_shot/toy_shape"] == tasks["toy_shape"]["metrics"]["acc1"]
