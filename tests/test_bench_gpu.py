@@ -54,6 +54,15 @@ def test_a_part_that_is_too_slow_or_fails_is_a_row():
     assert gpu.rows_of("no part", 60, quick=True)[0][:2] == ["no part", "ended with 1"]
 
 
+def test_a_part_that_fails_keeps_the_rows_it_has(monkeypatch, tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho a warning\necho '[\"step\", \"100\"]'\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    rows = gpu.rows_of("step", 60, quick=True)
+    assert rows[0] == ["step", "100"] and rows[1][:2] == ["step", "ended with 3"]
+
+
 def test_without_a_gpu_it_says_so_and_ends_well(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])

@@ -5,9 +5,9 @@
 
 Each part runs in a process of its own with a time limit; the limits add up to less than 8
 minutes. A part that does not end in time, or fails, keeps the rows it has and one that says so,
-and the next one begins. Towers and augmentation are measured as they are and compiled. open_clip runs as its
-trainer does, not compiled, where it is installed (tests/bench/peer.py). Prints one table for
-docs/speed.md, then the README's line.
+and the next one begins. Towers and augmentation are measured as they are and compiled. open_clip
+runs as its trainer does, not compiled, where it is installed (tests/bench/peer.py). Prints one
+table for docs/speed.md, then the README's line.
 """
 import json
 import os
