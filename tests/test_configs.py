@@ -209,6 +209,14 @@ def test_record_keeps_config_command_recipe_and_sources(tmp_path, monkeypatch):
     assert {"recipe_0.py", "toy.py", "pretrain.py", "model.py", "pairs.py"} <= names
 
 
+def test_the_record_has_a_line_for_each_start(tmp_path):
+    config, _, _ = load(tmp_path, "lr = 2.0\n")
+    for note in ("", "  # from step 3"):
+        log.write_record(tmp_path / "run", config, ROOT / "pretrain.py", note)
+    lines = (tmp_path / "run/record/command.txt").read_text().splitlines()
+    assert [line.endswith("# from step 3") for line in lines] == [False, True]
+
+
 def test_resume_with_another_setting_names_key_and_both_values():
     with pytest.raises(ValueError, match=r"lr was 0.1 .* is 0.2 now"):
         log.check_resume({"lr": 0.1, "workers": 1}, {"lr": 0.2, "workers": 2}, ("workers",))
@@ -246,6 +254,30 @@ def test_a_setting_that_is_newer_than_the_checkpoint_is_no_reason_to_refuse():
 def test_time_left_is_unknown_until_a_step_is_made(tmp_path, capsys):
     log.RunLog(tmp_path, 10, start_step=4).write({"step": 4, "val_loss": 1.0})
     assert "eta unknown" in capsys.readouterr().out
+
+
+def test_the_summary_s_rate_is_that_of_this_start(tmp_path, monkeypatch, capsys):
+    """Steps 6 to 10 of 100 samples took 10 s; the first five were an earlier start's."""
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr("data.log.time.time", lambda: next(clock))
+    log.RunLog(tmp_path, 10, start_step=5).summary(10, 1000, "done")
+    assert "; done; 0:10, 50 samples/s" in capsys.readouterr().out
+
+
+def test_a_reading_of_the_meter_is_of_the_time_since_the_last(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 4.0, 6.0, 7.0, 8.0, 8.0])
+    monkeypatch.setattr("data.log.time.time", lambda: next(clock))
+    meter, read = log.Meter(0), []
+    for step in (2, 6):  # after waiting from 1 to 3, and from 6 to 7; read at 4 and 8
+        with meter.waiting():
+            pass
+        read.append(meter.read(step))
+    assert read == [(0.5, 0.5), (1.0, 0.25)]
+
+
+@pytest.mark.parametrize("seconds, text", [(59.9, "0:59"), (150, "2:30"), (5400, "1:30:00")])
+def test_seconds_are_shown_as_a_clock_does(seconds, text):
+    assert log.clock(seconds) == text
 
 
 def test_a_recipe_with_a_dot_in_its_name_is_one_line(run, tmp_path):

@@ -238,6 +238,15 @@ def test_precision_is_recorded_and_another_one_is_measured_anew(world, monkeypat
     assert calls == ["letters", "scenes"] * 2
 
 
+def test_another_activation_of_foreign_weights_is_measured_anew(world, monkeypatch):
+    export_clip(load_clip(world / "base" / "ckpt.pt"), world / "weights.pt", "open_clip")
+    (world / "bytes.tiktoken").write_text(BYTES)
+    calls = counted(monkeypatch)
+    for quick_gelu in (True, False):
+        run(world, world / "weights.pt", vocabulary=world / "bytes.tiktoken", quick_gelu=quick_gelu)
+    assert calls == ["letters", "scenes"] * 2
+
+
 def test_a_changed_checkpoint_starts_anew(world, monkeypatch):
     calls = counted(monkeypatch)
     run(world, world / "base" / "ckpt.pt")
@@ -385,6 +394,15 @@ def test_random_weights_with_a_vocabulary_have_a_text_side(world):
     (world / "bytes.tiktoken").write_text(BYTES)
     out = run(world, "random:toy", vocabulary=world / "bytes.tiktoken")
     assert set(read(out / "random-toy.json")["tasks"]) == {"letters", "letters-knn", "scenes"}
+
+
+def test_a_checkpoint_s_own_vocabulary_comes_before_the_one_named(world):
+    (world / "other.tiktoken").write_text("".join(
+        f"{base64.b64encode(bytes([byte]) + bytes(mark)).decode()} {256 * (1 - mark) + byte}\n"
+        for mark in (1, 0) for byte in range(256)))
+    config = evaluate.Config(vocabulary=str(world / "other.tiktoken"))
+    model = evaluate.open_model(str(world / "base/ckpt.pt"), config, torch.device("cpu"))
+    assert model.tokenizer.text == BYTES
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip", "huggingface"])
@@ -561,6 +579,18 @@ def test_a_folder_of_judgements_gives_a_row_each_with_its_n(toy_world, tmp_path)
     assert tasks["first"]["metrics"] == tasks["nights"]["metrics"]
     assert (tasks["second"]["family"], tasks["second-imagenet"]["part_of"]) == (
         "judgements", "second")
+
+
+def test_judgements_with_fewer_votes_than_asked_for_do_not_count(world):
+    lines = (world / "data.csv").read_text().splitlines()
+    lines[1:5] = [line.replace(",7,", ",3,") for line in lines[1:5]]  # four of twelve
+    (world / "data.csv").write_text("\n".join(lines) + "\n")
+    counts = []
+    for votes in (3, 7):
+        out = run(world, "random:toy", out=f"out{votes}", benchmarks="", nights=world,
+                  min_votes=votes)
+        counts.append(read(out / "random-toy.json")["tasks"]["nights"]["n"])
+    assert counts == [12, 8]
 
 
 @pytest.mark.parametrize("names, message", [

@@ -204,6 +204,13 @@ def test_siglip_equals_open_clips_loss():
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
+def test_siglip_starts_at_a_bias_of_minus_10_and_a_scale_of_10():
+    clip = CLIP(SIZES["toy"])
+    hooks_of("siglip").prepare_model(clip, None)
+    assert clip.extra.bias.item() == -10
+    assert clip.logit_scale.exp().item() == pytest.approx(10)
+
+
 def test_alone_in_one_group_is_the_plain_loss():
     rows, config = random_rows(6), types.SimpleNamespace(group=6, loss_chunk=0)
     ours = hooks_of("alone").global_loss(rows, config, Ranks())

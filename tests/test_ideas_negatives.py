@@ -415,6 +415,15 @@ def test_the_teacher_is_a_moving_average(clip):
         torch.testing.assert_close(tensor, old[name] + moved)
 
 
+@pytest.mark.parametrize("idea", ["momentum", "pixpro"])
+def test_an_average_of_the_weights_leaves_the_cap_of_the_temperature(clip, idea):
+    config, hooks = settings(idea), hooks_of(idea)
+    hooks.prepare_model(clip, config)
+    clip.logit_scale.data.fill_(6.0)
+    hooks.after_step(clip, 0, 10, config)
+    assert clip.logit_scale.item() == pytest.approx(math.log(100))
+
+
 def test_a_fixed_teacher_stays_and_must_fit(clip, start, tmp_path):  # noqa: F811
     hooks, config = hooks_of("momentum"), settings("momentum", f"--teacher={start}")
     hooks.prepare_model(clip, config)
@@ -442,6 +451,18 @@ def test_zscl_equals_the_loop_and_without_keep_plain_fine_tuning():
                 expected += 4 * target * minus_log_share(new[i].tolist(), j) / 4
     ours = loss_of("zscl", rows, keep=0.5)
     assert ours == pytest.approx(plain_loss(rows) + 0.5 * expected, rel=1e-12)
+
+
+def test_zscls_distillation_leaves_the_temperature_to_the_plain_loss():
+    grads = []
+    for keep in (0.0, 1.0):
+        rows = random_rows(4) | {name: unit_rows(4, 8, seed=seed) for seed, name in
+                                 enumerate(("was", "now", "line"))}
+        rows["scale"].requires_grad_()
+        config = SimpleNamespace(loss_chunk=0, keep=keep)
+        hooks_of("zscl").global_loss(rows, config, Ranks()).backward()
+        grads.append(rows["scale"].grad.item())
+    assert grads[1] == pytest.approx(grads[0], rel=1e-12)
 
 
 def test_zscl_trains_on_its_domain_and_refers_to_all(shards_of, tokenizer, batch_of):

@@ -320,6 +320,13 @@ def test_parameters_are_uniform_in_their_range(drawn, column, low, high):
     assert np.abs(apart).max() < 1.95 / math.sqrt(len(values))  # Kolmogorov-Smirnov, 0.1 %
 
 
+def test_no_factor_of_the_jitter_is_below_zero():
+    rng, wide = np.random.default_rng(0), Augmentation(jitter=(1.5, 1.5, 1.5, 0), jitter_p=1.0)
+    factors = np.stack([draw_augmentation(wide, rng)[images.BRIGHTNESS:images.HUE]
+                        for _ in range(200)])
+    assert 0 <= factors.min() < 0.1 and factors.max() > 2
+
+
 def test_orders_of_the_jitter_are_equally_frequent(drawn):
     found, counts = np.unique(drawn[:, images.ORDER:], axis=0, return_counts=True)
     assert [tuple(order) for order in found] == list(itertools.permutations(range(4)))
@@ -475,6 +482,7 @@ def test_a_sample_is_augmented_alike_in_any_batch(drawn):
 @pytest.mark.parametrize("used", [Augmentation(), Augmentation(flip=0.5),
                                   Augmentation(grey_p=0.5),
                                   Augmentation(jitter=(0.4, 0, 0, 0), jitter_p=0.5),
+                                  Augmentation(jitter=(0, 0, 0, 0.1), jitter_p=0.5),
                                   Augmentation(blur_p=0.5)])
 def test_leaving_out_what_is_never_used_changes_nothing(used):
     rng = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from data.images import Augmentation, augment_batch
 from data.order import epoch_order, sample_rng
-from data.pairs import (BadSamples, PairBatches, Pairs, as_loaded, check_shared_memory, join_parts,
-                        load_batches, loader_line, loader_processes)
+from data.pairs import (BadSamples, BadSteps, HeldOut, PairBatches, Pairs, as_loaded,
+                        check_shared_memory, join_parts, load_batches, loader_line, loader_processes)
 from data.ranks import Ranks, usable_cores
 from data.shards import Shards, index_shards
 from data.prepare.tars import write_shards
@@ -146,6 +146,22 @@ def test_captions_are_chosen_by_the_sample_s_generator(pairs):
     assert len(tokens) == 2
 
 
+def test_the_order_follows_the_seed_of_the_settings(tmp_path):
+    pairs = make_pairs(tmp_path / "p")
+    pairs.config.seed = 43
+    batch = pairs.__getitems__([(1, position) for position in range(20)])
+    assert batch["samples"].tolist() == epoch_order(43, 1, 20).tolist()
+
+
+def test_a_sample_s_draws_follow_the_seed_of_the_settings(tmp_path):
+    pairs = make_pairs(tmp_path / "p")
+    pairs.config.seed = 43
+    batch = pairs.__getitems__([(1, position) for position in range(20)])
+    for sample, tokens in zip(batch["samples"].tolist(), batch["tokens"]):
+        line = pick(2, sample_rng(43, 1, sample))
+        assert tokens.tolist() == pairs.padded(pairs.shards.ids(sample, line)).tolist()
+
+
 def test_a_long_caption_is_cut_and_keeps_its_end(tmp_path):
     write_shards(tmp_path / "p", [("a", "png", picture(0), ["word " * 50])])
     index_shards(tmp_path / "p", TOKENIZER)
@@ -174,6 +190,11 @@ def test_extra_arrays_are_drawn_last_and_move_nothing_else(pairs, tmp_path):
     plain, batch = pairs.__getitems__(places), more.__getitems__(places)
     assert all(torch.equal(plain[key], batch[key]) for key in plain if key != "bad")
     assert batch["noise"].shape == (8, 2) and set(batch["caption"].tolist()) == {42, 43}
+
+
+def test_held_out_pairs_have_the_first_of_their_captions(tmp_path):
+    make_pairs(tmp_path / "p", count=3)
+    assert HeldOut(tmp_path / "p").captions == ["one 0", "one 1", "one 2"]
 
 
 def test_a_batch_is_the_same_in_parts_of_any_size(pairs, monkeypatch):
@@ -262,6 +283,27 @@ def test_a_resumed_run_goes_on_counting_and_names_nothing_twice(tmp_path):
     assert second.counts(Ranks()) == {"empty": 3, "truncated": 1} and second.total == 2
     lines = (tmp_path / "bad_samples.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["a", "b c", "d"]
+
+
+def test_bad_images_of_the_runs_before_count_towards_the_limit(tmp_path):
+    bad = BadSamples(tmp_path, {"empty": 9})
+    bad.add([("a", "empty"), ("b", "empty")])
+    with pytest.raises(ValueError, match="11 of 1,000"):
+        bad.check(bad.total, 1000, Ranks())
+
+
+def check_steps(bad, *norms):
+    """Note steps of these gradient norms, each of two samples, and check them."""
+    for step, norm in enumerate(norms):
+        bad.add(step, torch.tensor([0, 1]), torch.zeros(2, 4), torch.tensor(norm))
+    bad.check(Ranks(), lambda line: None)
+
+
+NAMED = SimpleNamespace(shards=SimpleNamespace(name=str))
+
+
+def test_a_good_step_begins_the_count_of_bad_ones_anew():
+    check_steps(BadSteps(NAMED), *[float("nan")] * 4, 1.0, *[float("nan")] * 4)
 
 
 # ---------------------------------------------------------------- shared memory

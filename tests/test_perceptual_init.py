@@ -335,6 +335,62 @@ def test_fractions_train_on_fewer_triplets_and_validate_on_all(arguments, tmp_pa
     assert [r["step"] for r in log_of(tmp_path) if "val_loss" in r] == list(range(13))  # 15 // 12
 
 
+def test_shares_and_shuffles_follow_the_seed_of_the_run(world, tmp_path):
+    here([f"--data={world}", f"--out_dir={tmp_path}", *FAST, "--batch_size=60", "--max_steps=1",
+          "--fraction=0.5", "--shuffle_votes=True", "--seed=7"])
+    train = Triplets(world, "train", fraction=0.5, shuffle_votes=True, seed=7)
+    assert read_checkpoint(tmp_path / "ckpt.pt")["data"].startswith(train.fingerprint)
+
+
+def test_an_epoch_is_as_many_steps_as_whole_batches(arguments, tmp_path):
+    """Of 60 triplets each epoch has one batch of 40; three epochs would hold four."""
+    here(arguments(tmp_path, "--max_steps=0", "--epochs=3", "--batch_size=40"))
+    assert log_of(tmp_path)[-1]["step"] == 3
+
+
+def test_another_seed_starts_from_another_tower():
+    towers = [perceptual_init.build(Config(model="toy", image_size=16, seed=seed), "cpu")[1]
+              for seed in (1, 2)]
+    assert not torch.equal(towers[0].projection.weight, towers[1].projection.weight)
+
+
+def test_min_votes_counts_in_every_split(tmp_path):
+    data = draw_world(tmp_path / "w", 40)
+    lines = data.read_text().splitlines()
+    votes = ["votes", *(str(3 + i // 20) for i in range(40))]  # half of each split has 3, half 4
+    data.write_text("\n".join(f"{line},{cell}" for line, cell in zip(lines, votes)) + "\n")
+    for least in (3, 4):
+        here([f"--data={data}", f"--out_dir={tmp_path / str(least)}", *FAST, "--batch_size=12",
+              "--max_steps=1", f"--min_votes={least}"])
+        prints = [Triplets(data, split, least).fingerprint for split in ("train", "val", "test")]
+        assert read_checkpoint(tmp_path / str(least) / "ckpt.pt")["data"] == "-".join(prints)
+
+
+def test_the_first_moment_is_that_of_the_clipped_gradient(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=1", "--beta1=0.9", "--grad_clip=0.01"))
+    moments = read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].values()
+    norm = sum(moment["exp_avg"].square().sum().item() for moment in moments) ** 0.5
+    assert log_of(tmp_path)[-1]["grad_norm"] > 0.01  # as it was before
+    assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_betas_and_eps_are_the_settings(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=1", "--beta1=0.8", "--beta2=0.95", "--eps=1e-6"))
+    for group in read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["param_groups"]:
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_the_loss_of_held_out_triplets_has_the_margin_of_the_settings(arguments, tmp_path):
+    argv = arguments(tmp_path, "--max_steps=1", "--margin=0.3")
+    here(argv)
+    val = Triplets(argv[0].removeprefix("--data="), "val")
+    ref, left, right = embed_triplets(load_vision(tmp_path / "ckpt.pt"), val, 16, "cpu")
+    lead = (ref * right).sum(1) - (ref * left).sum(1)  # of the right side
+    hinges = [max(0.0, 0.3 - (own if label else -own))
+              for own, label in zip(lead.tolist(), val.labels)]
+    assert log_of(tmp_path)[-1]["val_loss"] == pytest.approx(np.mean(hinges), rel=1e-5)
+
+
 def test_augmentation_is_told_the_epoch_and_every_image_of_it(arguments, tmp_path, monkeypatch):
     seen = []
 
@@ -406,6 +462,15 @@ def test_a_finished_run_started_again_changes_nothing(arguments, tmp_path):
     before, weights = trace(tmp_path), weights_of(tmp_path / "ckpt.pt")
     here(arguments(tmp_path))
     assert trace(tmp_path) == before and same(weights_of(tmp_path / "ckpt.pt"), weights)
+
+
+def test_a_run_that_goes_on_knows_its_best_loss(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=5"))
+    content = read_checkpoint(tmp_path / "ckpt.pt")
+    write_checkpoint(tmp_path / "ckpt.pt", content | {"best_loss": 0.0})  # no loss is lower
+    here(arguments(tmp_path, "--max_steps=10", "--change=max_steps"))
+    assert read_checkpoint(tmp_path / "best.pt")["step"] == 5
+    assert read_checkpoint(tmp_path / "ckpt.pt")["best_loss"] == 0.0
 
 
 def test_other_settings_on_resume_are_refused_with_key_and_both_values(arguments, tmp_path):
@@ -559,6 +624,17 @@ def test_five_steps_without_a_finite_gradient_stop_it(arguments, tmp_path, monke
     with pytest.raises(ValueError, match="five steps in a row without a finite gradient"):
         here(arguments(tmp_path))
     assert capsys.readouterr().out.count("skipped: loss nan") == 5
+
+
+def test_a_good_step_begins_the_count_of_bad_ones_anew(arguments, tmp_path, monkeypatch, capsys):
+    def spoilt(ref, left, right, labels, margin):
+        calls.extend([1] * ref.requires_grad)
+        factor = math.nan if ref.requires_grad and len(calls) != 5 else 1
+        return triplet_loss(ref, left, right, labels, margin) * factor
+    calls = []
+    monkeypatch.setattr(perceptual_init, "triplet_loss", spoilt)
+    here(arguments(tmp_path, "--max_steps=9"))
+    assert capsys.readouterr().out.count("skipped: loss nan") == 8
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_named(arguments, tmp_path, monkeypatch,

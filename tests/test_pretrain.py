@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import pretrain
 from configs import load_config
 from data import ranks as ranks_module
+from data.images import Augmentation
 from data.pairs import split_rows
 from data.pieces import ChunkedLoss
 from data.ranks import Ranks
@@ -203,6 +204,22 @@ def test_chunked_loss_equals_the_plain_one():
         assert loss.item() == pytest.approx(plain.item(), rel=1e-14)
 
 
+def test_the_gradient_of_a_chunked_loss_has_the_weight_of_the_loss():
+    torch.manual_seed(0)
+    a, b = (F.normalize(torch.randn(9, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    found = []
+    for chunk in (None, 4):
+        image, scale = a.clone().requires_grad_(), torch.tensor(10.0, requires_grad=True)
+        inputs = image, b, image, b, scale, 0
+        if chunk:
+            loss = ChunkedLoss.apply(pretrain.contrastive_loss, chunk, *inputs)
+        else:
+            loss = pretrain.contrastive_loss(*inputs)
+        (3 * loss).backward()
+        found.append((image.grad, scale.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_loss_of_random_features_is_log_batch():
     torch.manual_seed(0)
     a, b = (F.normalize(torch.randn(256, 64), dim=1) for _ in range(2))
@@ -226,6 +243,28 @@ def test_cosine_starts_peaks_and_ends_where_it_should():
 
 def test_constant_decay_stays_at_the_peak():
     assert rates(lr=1.0, decay="constant", warmup_steps=10)[9:] == [1.0] * 91
+
+
+def recipe(*argv):
+    """Config of recipes and settings; the functions that they replace are put back."""
+    config, _ = load_config(pretrain.Config, vars(pretrain), [str(arg) for arg in argv])
+    load_config(pretrain.Config, vars(pretrain), [])
+    return config
+
+
+def test_yfcc_has_the_papers_augmentation():
+    config = recipe(ROOT / "configs/yfcc.py", "--compile=False")
+    assert (config.crop, config.flip, config.jitter, config.jitter_p, config.grey_p, config.blur_p
+            ) == ((0.2, 1.0), 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5)
+
+
+@pytest.mark.parametrize("model, epochs, lr, warmup", [
+    ("ViT-B-32", 32, 5e-4, 2500), ("ViT-B-16", 64, 5e-4, 2500), ("ViT-L-14", 32, 5e-4, 10_000),
+    ("ViT-H-14", 64, 2e-4, 2500)])
+def test_yfcc_has_the_papers_schedule_for_each_size(model, epochs, lr, warmup):
+    config = recipe(ROOT / "configs/yfcc.py", f"--model={model}", "--compile=False")
+    assert (config.epochs, config.lr, config.warmup_steps, config.batch_size) == (
+        epochs, lr, warmup, 18_432)
 
 
 # ------------------------------------------------------------------------ whole runs, small
@@ -463,6 +502,7 @@ def test_milestones_are_kept(arguments, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (["--lr=0.5"], "lr was 0.001 in the checkpoint, is 0.5 now"),
     (["--batch_size=8"], "batch_size was 16 in the checkpoint, is 8 now"),
+    (["--seed=43"], "seed was 42 in the checkpoint, is 43 now"),
 ])
 def test_resume_with_another_config_is_refused(arguments, tmp_path, change, words):
     here(arguments(tmp_path, "--max_steps=2"))
@@ -550,10 +590,44 @@ def test_last_logged_rate_is_the_minimum(arguments, tmp_path):
     assert trace(tmp_path)[-1][3] == pytest.approx(1e-5)
 
 
+def test_an_epoch_is_as_many_steps_as_whole_batches(arguments, tmp_path):
+    """Of 601 pairs each epoch has one batch of 350; two epochs would hold three."""
+    here(arguments(tmp_path, "--max_steps=0", "--epochs=2", "--batch_size=350"))
+    assert trace(tmp_path)[-1][0] == 2
+
+
 def test_table_of_decay_groups_is_printed_once(arguments, tmp_path, capsys):
     here(arguments(tmp_path, "--max_steps=3"))
     lines = [line for line in capsys.readouterr().out.splitlines() if "weight decay" in line]
     assert [line.split(":")[0] for line in lines] == ["weight decay 0.1", "weight decay 0.0"]
+
+
+def test_the_first_moment_is_that_of_the_clipped_gradient(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=1", "--beta1=0.9", "--grad_clip=0.25"))
+    moments = read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["state"].values()
+    norm = sum(moment["exp_avg"].square().sum().item() for moment in moments) ** 0.5
+    assert trace(tmp_path)[0][5] > 0.25  # as it was before
+    assert norm == pytest.approx(0.1 * 0.25, rel=1e-3)
+
+
+def test_betas_and_eps_are_the_settings(arguments, tmp_path):
+    here(arguments(tmp_path, "--max_steps=1", "--beta1=0.8", "--beta2=0.95", "--eps=1e-6"))
+    for group in read_checkpoint(tmp_path / "ckpt.pt")["optimizer"]["param_groups"]:
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_each_setting_of_the_augmentation_arrives(arguments, tmp_path, monkeypatch):
+    seen, real = [], pretrain.augment
+
+    def note(images, draws, augmentation):
+        seen.append(augmentation)
+        return real(images, draws, augmentation)
+    monkeypatch.setattr(pretrain, "augment", note)
+    here(arguments(tmp_path, "--max_steps=1", "--crop=(0.3,0.9)", "--flip=0.1",
+                   "--jitter=(0.1,0.2,0.3,0.05)", "--jitter_p=0.2", "--grey_p=0.3", "--blur_p=0.4",
+                   "--blur_sigma=(0.5,1.5)"))
+    assert seen == [Augmentation((0.3, 0.9), flip=0.1, jitter=(0.1, 0.2, 0.3, 0.05), jitter_p=0.2,
+                                 grey_p=0.3, blur_p=0.4, blur_sigma=(0.5, 1.5))]
 
 
 # ------------------------------------------------------------------------------ looks, logs, trace
@@ -667,6 +741,30 @@ def test_operations_are_counted_for_the_captions_of_the_batch():
     assert flops < flops_per_pair(clip.config) / 1.5
 
 
+def figures_of(image, text, batch_size=2, ranks=None):
+    """Figures of a step whose loss is 2, of unit rows of pictures and captions."""
+    rows, tokens = {"image": torch.tensor(image), "text": torch.tensor(text)}, torch.eye(2).long()
+    figures, _ = pretrain.step_figures(torch.tensor(2.0), rows, tokens, CLIP(SIZES["toy"]),
+                                       pretrain.Config(batch_size=batch_size), ranks or Ranks())
+    return figures
+
+
+def test_accuracy_is_how_often_a_picture_finds_its_caption():
+    """The second picture is nearer to the first caption; each caption's nearest is its own."""
+    assert figures_of([[1.0, 0.0], [0.8, 0.6]], [[1.0, 0.0], [0.0, 1.0]])["accuracy"] == 0.5
+
+
+def test_loss_and_accuracy_are_means_over_ranks():
+    ranks = types.SimpleNamespace(mean=lambda figures: (figures / 2).tolist())  # the other has 0
+    figures = figures_of([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], ranks=ranks)
+    assert (figures["loss"], figures["accuracy"]) == (1.0, 0.5)
+
+
+def test_the_loss_of_chance_is_that_of_all_ranks_pairs():
+    figures = figures_of([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], batch_size=8)
+    assert figures["chance_loss"] == pytest.approx(math.log(8))
+
+
 def test_the_recipe_that_profiles_leaves_a_trace_of_five_steps(arguments, tmp_path):
     here(arguments(tmp_path, "configs/trace.py", "--max_steps=8"))
     events = json.loads((tmp_path / "trace_0.json").read_text())["traceEvents"]
@@ -739,6 +837,12 @@ def test_arms_differ_in_the_vision_tower_and_in_nothing_else(arguments, tmp_path
     assert ours["vision"] == weights_checksum(tower.state_dict()) != base["vision"]
 
 
+def test_another_seed_starts_from_other_weights(arguments, tmp_path, monkeypatch):
+    starts = [start_of(arguments(tmp_path / str(seed), "--max_steps=1", f"--seed={seed}"), monkeypatch)
+              for seed in (1, 2)]
+    assert starts[0]["text"] != starts[1]["text"] and starts[0]["vision"] != starts[1]["vision"]
+
+
 def test_missing_vision_checkpoint_is_fatal(arguments, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         here(arguments(tmp_path / "run", f"--init_vision={tmp_path}/nowhere.pt"))
@@ -749,6 +853,15 @@ def test_vision_checkpoint_of_another_size_is_refused(arguments, tmp_path):
     vision_checkpoint(tmp_path / "vision.pt", vision_layers=2)
     with pytest.raises(ValueError, match="its vision_layers is 2, this run's 3"):
         here(arguments(tmp_path / "run", f"--init_vision={tmp_path}/vision.pt"))
+
+
+def test_a_tower_of_another_length_of_captions_is_a_start(arguments, tmp_path, monkeypatch):
+    """It reads no captions: what its size says of them is nothing of it."""
+    from model import weights_checksum
+    tower = vision_checkpoint(tmp_path / "vision.pt", context_length=77)
+    ours = start_of(arguments(tmp_path / "run", "--max_steps=1",
+                              f"--init_vision={tmp_path}/vision.pt"), monkeypatch)
+    assert ours["vision"] == weights_checksum(tower.state_dict())
 
 
 def test_partial_vision_checkpoint_is_refused_by_tensor_name(arguments, tmp_path):
@@ -838,6 +951,18 @@ def test_a_few_bad_images_are_replaced_counted_and_named(arguments, tmp_path):
     named = (tmp_path / "run/bad_samples.tsv").read_text().splitlines()
     counted = read_checkpoint(tmp_path / "run/ckpt.pt")["bad"]
     assert codes == [0, 0] and len(named) == sum(counted.values()) > 0
+
+
+def test_the_count_of_bad_images_goes_on_with_the_run(arguments, tmp_path):
+    shards_with_bad_images(tmp_path / "pairs", 0.005)
+    argv = [f"--data={tmp_path}/pairs", "--batch_size=200", "--save_every=100"]
+    here(arguments(tmp_path / "whole", *argv, "--max_steps=6"))
+    here(arguments(tmp_path / "cut", *argv, "--max_steps=5"))
+    first = read_checkpoint(tmp_path / "cut/ckpt.pt")["bad"]
+    here(arguments(tmp_path / "cut", *argv, "--max_steps=6", "--change=max_steps"))
+    assert sum(first.values()) > 0
+    assert (read_checkpoint(tmp_path / "cut/ckpt.pt")["bad"]
+            == read_checkpoint(tmp_path / "whole/ckpt.pt")["bad"])
 
 
 @pytest.mark.parametrize("extra, words", [

@@ -54,6 +54,13 @@ def test_batches_of_rows_do_not_show(embeddings):
     assert evaluate.knn_probe(images.repeat(50, 1), np.tile(labels, 50)).all()
 
 
+def test_nobody_votes_for_itself_in_any_batch_of_rows():
+    """1,100 images are two batches; each is the only one of its class."""
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(1100, 8, generator=generator), dim=1)
+    assert not evaluate.knn_probe(images, np.arange(1100), k=1).any()
+
+
 def test_fewer_images_than_neighbours_all_vote(embeddings):
     images, labels = embeddings
     few = evaluate.knn_probe(images[:6], labels[:6], k=20)

@@ -226,6 +226,14 @@ def test_each_kind_of_metric_is_counted_by_itself_and_2afc_in_none():
                      "recalls": (3, 3, 0)}
 
 
+def test_a_probe_is_no_win():
+    arms = [arm("base", {"x": 0.3}), arm("pi", {"x": 0.5})]
+    for number, one in enumerate(arms):
+        add(one["runs"][0], "x-knn", {**task(), "metrics": {"knn": 0.4 + 0.1 * number},
+                                      "main": "knn", "family": "k-NN probe", "type": "probe"})
+    assert results.compare(arms)["counts"]["pi"]["main metric"]["compared"] == 1
+
+
 def test_sets_come_in_the_lists_order_then_by_family_with_retrieval_and_2afc_last():
     base = arm("base", {"own_b": 0.3, "mnist": 0.3, "cifar10": 0.4})
     run = base["runs"][0]
@@ -330,6 +338,15 @@ def test_other_seeds_are_not_taken_for_pairs():
     arms[1]["runs"][0][0]["seed"] = 7
     value = results.compare(arms)["sets"]["x"]["arms"]["pi"]["acc1"]
     assert value["delta_seed_interval"] is None and value["sd"] > 0
+
+
+def test_runs_without_a_seed_are_not_taken_for_pairs():
+    arms = [arm("base", {"x": 0.3}, {"x": 0.4}), arm("pi", {"x": 0.5}, {"x": 0.7})]
+    for one in arms:
+        for result, _ in one["runs"]:
+            result["seed"] = None
+    found = results.compare(arms)["sets"]["x"]["arms"]["pi"]["acc1"]
+    assert found["delta_seed_interval"] is None
 
 
 def test_the_markdown_is_a_table_with_as_many_cells_in_every_line():

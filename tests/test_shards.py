@@ -255,6 +255,13 @@ def test_shards_in_subfolders_are_found_but_not_those_set_aside(tmp_path):
     assert index_shards(tmp_path) == 1
 
 
+@pytest.mark.parametrize("name", ["held_out", "val", "valid", "validation", "test", "index"])
+def test_a_subfolder_of_this_name_is_never_trained_on(tmp_path, name):
+    for place in ("train", name):
+        write_tar(tmp_path / place / "0.tar", pair("a"))
+    assert index_shards(tmp_path) == 1
+
+
 def test_held_out_pairs_are_not_part_of_the_folder(tmp_path):
     write_shards(tmp_path, samples(3))
     write_shards(tmp_path / "held_out", samples(2, first=50))
@@ -461,6 +468,13 @@ def test_times_do_not_make_an_index_stale_but_content_of_the_same_size_does(tmp_
     write_shards(tmp_path, [("k", "png", picture(), ["two"])])
     index_shards(tmp_path)
     assert Shards(tmp_path).captions(0) == ["two"] and "indexed" in capsys.readouterr().out
+
+
+def test_a_change_at_the_end_of_a_long_shard_makes_its_index_stale(tmp_path):
+    for caption in (b"one", b"two"):
+        write_tar(tmp_path / "0.tar", [("a.png", picture() + bytes(2**17)), ("a.txt", caption)])
+        assert find_index(tmp_path) is None
+        index_shards(tmp_path)
 
 
 def test_an_index_of_another_format_is_built_anew_without_a_word_of_trouble(tmp_path):

@@ -1,6 +1,7 @@
 """data/triplets.py: reading judgements, faults of a file, shares, shuffles; conversions to it."""
 import csv
 import hashlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from data import images, log, triplets
 from data.prepare import triplets as conversions
+from data.order import epoch_order
 from data.triplets import Triplets
 import evaluate
 from evaluate import two_afc
@@ -85,6 +87,13 @@ def test_generic_csv_without_splits_never_shares_an_anchor(tmp_path):
     assert len(set.union(*anchors)) == 10
 
 
+def test_dealt_splits_are_those_of_earlier_versions():
+    """Whatever the order of the rows, and of a set in this process."""
+    splits = triplets.deal_splits("zyxwvutsrqponmlkjihgfedcba3210", seed=0)
+    assert "".join(name for name in sorted(splits) if splits[name] == "val") == "2hw"
+    assert "".join(name for name in sorted(splits) if splits[name] == "test") == "agr"
+
+
 def test_generic_csv_may_bring_splits_and_votes(tmp_path):
     splits, votes = ["train", "val", "test"] * 10, [6.0] * 15 + [2] * 15
     path, rows = generic(tmp_path, split=splits, votes=votes)
@@ -145,6 +154,16 @@ def test_a_changed_image_is_decoded_anew(nights):
     after.keep(8)
     assert not torch.equal(after.load(8, [0]), before.load(8, [0]))
     assert after.fingerprint != before.fingerprint
+
+
+def test_a_changed_image_of_the_same_size_in_bytes_is_decoded_anew(nights):
+    name = nights[0] / Triplets(nights[0], "train").paths[0, 0]
+    for value in (0, 255):
+        Image.new("RGB", (8, 8), (value,) * 3).save(name, "BMP")
+        os.utime(name, ns=(value, value))
+        train = Triplets(nights[0], "train")
+        train.keep(8)
+        assert (train.load(8, [0])[0, 0] == value).all()
 
 
 def test_a_bad_image_is_named_and_nothing_half_decoded_stays(nights):
@@ -233,6 +252,19 @@ def test_shuffling_permutes_the_votes_and_nothing_else(nights):
         assert np.array_equal(other.paths, plain.paths)
         assert sorted(other.labels) == sorted(plain.labels)
     assert any(not np.array_equal(other.labels, plain.labels) for other in shuffled)
+
+
+def test_shuffled_votes_follow_the_seed(nights):
+    votes = {tuple(Triplets(nights[0], "train", shuffle_votes=True, seed=seed).labels)
+             for seed in range(6)}
+    assert len(votes) > 1
+
+
+def test_an_epoch_s_order_follows_the_seed_of_the_run(nights):
+    train = Triplets(nights[0], "train")
+    config = SimpleNamespace(seed=3, batch_size=16, image_size=8)
+    samples, _, _ = train.batch(1, config)
+    assert (samples[:, 0] // 3).tolist() == epoch_order(3, 1, 16).tolist()
 
 
 @pytest.mark.parametrize("settings", [{"fraction": 0.5}, {"shuffle_votes": True}])
