@@ -303,8 +303,10 @@ class Config:
     def check(self):
         check_ranges(self, positive=("batch_size", "pool"), not_negative=("workers", "min_votes"),
                      dtype=("float32", "bfloat16"), list=("code", "plan"))
+        if self.query and not self.images:
+            raise ValueError(f"query={self.query}: needs --images=FOLDER, pairs to search")
         if bool(self.images or self.labels) != bool(self.query or self.image):
-            raise ValueError(f"images={self.images}: goes with --query=TEXT or --image=FILE")
+            raise ValueError("image: --image=FILE or --query=TEXT go with --images or --labels")
         if self.labels and not self.image:
             raise ValueError(f"labels={self.labels}: goes with --image=FILE")
 

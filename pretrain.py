@@ -452,7 +452,8 @@ def main(argv=None):
 
     # ---- 7. the summary
     replaced = ", ".join(f"{count} {reason}" for reason, count in bad.items()) or "none"
-    log.summary(step, step * config.batch_size, f"replaced: {replaced}")
+    ends = "stopped, the same command goes on; " if step < total_steps else ""
+    log.summary(step, step * config.batch_size, f"{ends}replaced: {replaced}")
 
 
 if __name__ == "__main__":

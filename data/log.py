@@ -80,6 +80,9 @@ class RunLog:
         for name, form in SHOWN.items():
             if record.get(name) is not None:
                 figures.append(form.format(record[name]))
+        for name, value in record.items():
+            if name.startswith(("zero_shot/", "2afc/")):
+                figures.append(f"{name} {value:.3f}")
         eta = "unknown"
         if step > self.start_step:
             seconds_a_step = (time.time() - self.start_time) / (step - self.start_step)
@@ -242,20 +245,22 @@ def in_words(changed):
     return "".join(f"; {name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
 
 
+_stop = []  # numbers of the signals that asked the run to stop
+
+
 def stop_on_signals():
     """A list that SIGTERM and Ctrl-C fill, for the loop to look at after each step.
 
     A second Ctrl-C ends the process at once.
     """
-    stop = []
-
     def note(number, frame):
-        stop.append(number)
+        _stop.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    _stop.clear()
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    return stop
+    return _stop
 
 
 def run_main(main):
@@ -263,11 +268,14 @@ def run_main(main):
 
     ValueError and OSError are the user's by convention; TRACEBACK=1 shows where they came from.
     Until the ranks have met, all of them fail alike, and rank 0 speaks. Loader processes ignore
-    SIGTERM; those that an error left behind are killed.
+    SIGTERM; those that an error left behind are killed. Ctrl-C ends with 130 also when the run was
+    saved, so that a shell does not go on to a command that needs this run whole.
     """
     rank = os.environ.get("RANK", "0")
     try:
         main()
+        if signal.SIGINT in _stop:
+            raise KeyboardInterrupt
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -280,5 +288,6 @@ def run_main(main):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's would raise for the killed
         for child in multiprocessing.active_children():
             child.kill()

@@ -264,6 +264,11 @@ def test_the_summary_s_rate_is_that_of_this_start(tmp_path, monkeypatch, capsys)
     assert "; done; 0:10, 50 samples/s" in capsys.readouterr().out
 
 
+def test_what_is_watched_stands_in_the_line(tmp_path, capsys):
+    log.RunLog(tmp_path, 10).write({"step": 2, "zero_shot/cars": 0.25, "2afc/nights": 0.5})
+    assert "zero_shot/cars 0.250  2afc/nights 0.500  eta" in capsys.readouterr().out
+
+
 def test_a_reading_of_the_meter_is_of_the_time_since_the_last(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 4.0, 4.0, 6.0, 7.0, 8.0, 8.0])
     monkeypatch.setattr("data.log.time.time", lambda: next(clock))

@@ -313,11 +313,11 @@ FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message 
     "no folder of sets": (None, {"benchmarks": "none"}, "benchmarks=none: no such folder"),
     "nothing to do": (None, {"benchmarks": ""}, "nothing to do"),
     "an image that is a folder": (None, {"images": "x", "image": ROOT}, "no such file"),
-    "a query of nothing": (None, {"query": "red"}, "goes with --query=TEXT or --image=FILE"),
+    "a query of nothing": (None, {"query": "red"}, "query=red: needs --images=FOLDER"),
     "an unknown list": (None, {"list": "codes"}, "list='codes': must be one of 'code', 'plan'"),
     "an unknown precision": (None, {"dtype": "half"}, "must be one of 'float32', 'bfloat16'"),
-    "labels of nothing": (None, {"labels": "a,b"}, "goes with --query=TEXT or --image=FILE"),
-    "labels of a query": (None, {"labels": "a,b", "query": "red"}, "goes with --image=FILE"),
+    "labels of nothing": (None, {"labels": "a,b"}, "--image=FILE or --query=TEXT go with --images"),
+    "labels of a query": (None, {"labels": "a,b", "query": "red", "images": "x"}, "goes with --image=FILE"),
     "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be above 0"),
 }
 

@@ -36,6 +36,7 @@ ON_RANKS = {"siglip", "mosaic", "slip", "negclip", "zscl", "sycoca", "fdt"}  # e
 def start(toy_world, tmp_path_factory):
     """A whole CLIP of the toy's size, for ideas that begin with a trained one."""
     tokenizer = Tokenizer(toy_world / "vocabulary/toy.tiktoken")
+    torch.manual_seed(0)
     clip = CLIP(dataclasses.replace(SIZES["toy"], vocab_size=tokenizer.size))
     path = tmp_path_factory.mktemp("start") / "ckpt.pt"
     write_checkpoint(path, {"format": FORMAT, "kind": "clip", "weights": clip.state_dict(),

@@ -1120,6 +1120,26 @@ def test_ctrl_c_ends_at_once_before_the_first_step_and_when_repeated(arguments, 
     assert code in (130, -signal.SIGINT) and seconds < 20
 
 
+def test_ctrl_c_later_saves_and_keeps_a_shell_from_going_on(arguments, tmp_path):
+    argv = arguments(tmp_path, "--max_steps=100000", "--save_every=100000")
+    code, _ = interrupt(["nowhere", *argv], SLOW, " 3/100000", 1)
+    assert code == 130 and read_checkpoint(tmp_path / "ckpt.pt")["step"] >= 3
+
+
+SAYS_NO = '''
+import sys, pretrain
+def global_loss(rows, config, ranks):
+    raise ValueError("the loss says no")
+pretrain.global_loss = global_loss
+pretrain.run_main(lambda: pretrain.main(sys.argv[1:]))
+'''
+
+
+def test_an_error_beside_loader_processes_is_one_line(arguments, tmp_path):
+    codes, outputs = finish(process(arguments(tmp_path, "--workers=2"), code=SAYS_NO))
+    assert codes == [2] and outputs[0].splitlines()[-1] == "-c: the loss says no"
+
+
 def test_a_full_disk_costs_a_line_of_the_log_and_no_more(arguments, tmp_path, monkeypatch, capsys):
     from data import log
 
