@@ -306,7 +306,7 @@ class Config:
         if self.query and not self.images:
             raise ValueError(f"query={self.query}: needs --images=FOLDER, pairs to search")
         if bool(self.images or self.labels) != bool(self.query or self.image):
-            raise ValueError("image: --image=FILE or --query=TEXT go with --images or --labels")
+            raise ValueError("--image or --query: needs --images or --labels, and they need it")
         if self.labels and not self.image:
             raise ValueError(f"labels={self.labels}: goes with --image=FILE")
 

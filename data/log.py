@@ -268,8 +268,8 @@ def run_main(main):
 
     ValueError and OSError are the user's by convention; TRACEBACK=1 shows where they came from.
     Until the ranks have met, all of them fail alike, and rank 0 speaks. Loader processes ignore
-    SIGTERM; those that an error left behind are killed. Ctrl-C ends with 130 also when the run was
-    saved, so that a shell does not go on to a command that needs this run whole.
+    SIGTERM; those that an error left behind are killed. After Ctrl-C the exit code is 130, also of
+    a run that was saved: a shell then does not begin the next command, which may need it whole.
     """
     rank = os.environ.get("RANK", "0")
     try:

@@ -77,7 +77,7 @@ def read_result(path):
                 hits.setdefault(name, {})[metric] = arrays[key]
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}.json: not a result of evaluate.py, or not whole ({error}); "
-                         "leave it out, or remove it if evaluate.py shall make it anew") from None
+                         "leave it out; if evaluate.py is to make it anew, remove it") from None
     return result, hits
 
 

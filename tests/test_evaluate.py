@@ -316,7 +316,7 @@ FAULTS = {  # what is wrong -> (how it comes about, arguments, what the message 
     "a query of nothing": (None, {"query": "red"}, "query=red: needs --images=FOLDER"),
     "an unknown list": (None, {"list": "codes"}, "list='codes': must be one of 'code', 'plan'"),
     "an unknown precision": (None, {"dtype": "half"}, "must be one of 'float32', 'bfloat16'"),
-    "labels of nothing": (None, {"labels": "a,b"}, "--image=FILE or --query=TEXT go with --images"),
+    "labels of nothing": (None, {"labels": "a,b"}, "--image or --query: needs --images or --labels"),
     "labels of a query": (None, {"labels": "a,b", "query": "red", "images": "x"}, "goes with --image=FILE"),
     "batches of nothing": (None, {"batch_size": 0}, "batch_size=0: must be above 0"),
 }

@@ -184,7 +184,9 @@ def rows_of(part, limit, quick):
         output, _ = child.communicate()
         failed = f"not done in {limit} s"
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
-    return rows + [[part, failed, "", "", "", ""]] * bool(failed)
+    if failed:
+        rows.append([part, failed, "", "", "", ""])
+    return rows
 
 
 def main():
@@ -197,7 +199,7 @@ def main():
         make_rows = ROWS.get(args.part, step_rows)
         for row in make_rows(args.part, settings, torch.device(settings.device)):
             print(json.dumps(row), flush=True)
-            print(*row, sep=" | ", file=sys.stderr, flush=True)  # for who watches
+            print(*row, sep=" | ", file=sys.stderr, flush=True)  # for those who watch
         return
     args.device = settings.device
     start(args)
